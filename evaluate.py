@@ -1,0 +1,78 @@
+"""Sec. 4 of DDSPO (arXiv 2512.23426): what the tuned model makes, beside the model that it was tuned from.
+
+    python evaluate.py grid --models sd14 runs/sd14-ddspo/pipeline --prompts prompts.txt --out grid.png
+
+`grid` is Fig. 3: a row a prompt, a column a model, the same x_T (from seed + row) all along a row.
+"""
+
+import argparse
+import os
+import sys
+import textwrap
+
+import matplotlib
+import torch
+from tqdm import tqdm
+
+import models
+from perturb import check_flags, read_rows
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen must be chosen first)
+
+
+def generate(model, name, prompts, args):
+    """One PIL image a prompt; image i's noise comes from seed + i alone."""
+    images = []
+    for i in tqdm(range(0, len(prompts), args.batch_size), name):
+        c = model.encode(prompts[i:i + args.batch_size])
+        x_T = torch.stack([models.initial_noise(args.seed + i + k, model.latent_shape) for k in range(len(c))])
+        images += model.sample(c, x_T, args.steps, args.guidance, output_type="pil")
+    return images
+
+
+def grid(args):
+    """Writes Fig. 3 for the first --rows prompts."""
+    prompts = [prompt for _, _, prompt in read_rows(args.prompts, ["prompt"])][:args.rows]
+    if not prompts:
+        sys.exit(f"{args.prompts} has no prompts in it.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    columns = []
+    for name in args.models:
+        model = models.load(name, device, torch.float16 if device == "cuda" else torch.float32)
+        columns.append(generate(model, name, prompts, args))
+    figure, axes = plt.subplots(len(prompts), len(columns), squeeze=False, layout="constrained",
+                                figsize=(2.5 * len(columns) + 1, 2.5 * len(prompts) + 0.5))
+    for column, (name, images) in enumerate(zip(args.models, columns)):
+        axes[0, column].set_title(name, fontsize=8)
+        for row, image in enumerate(images):
+            axes[row, column].imshow(image)
+            axes[row, column].set(xticks=[], yticks=[])
+            if column == 0:
+                axes[row, 0].set_ylabel(textwrap.shorten(prompts[row], 80), fontsize=7, wrap=True)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    figure.savefig(args.out + ".partial", dpi=200, format="png")
+    os.replace(args.out + ".partial", args.out)
+    print(f"wrote {args.out}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("grid", help="Fig. 3: the same prompts and seeds, a column a model")
+    command.set_defaults(run=grid)
+    command.add_argument("--models", nargs="+", required=True, help="presets, hub ids or diffusers folders")
+    command.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")
+    command.add_argument("--out", default="grid.png")
+    command.add_argument("--rows", type=int, default=4, help="how many prompts, from the first on")
+    command.add_argument("--steps", type=int, default=25, help="sampling steps (script)")
+    command.add_argument("--guidance", type=float, default=7.5, help="guidance scale (script)")
+    command.add_argument("--batch-size", type=int, default=4, help="images sampled at once (guess)")
+    command.add_argument("--seed", type=int, default=0, help="image i's noise comes from seed + i")
+    args = parser.parse_args(argv)
+    check_flags(args, rows=1, steps=1, guidance=0, batch_size=1, seed=0)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
