@@ -120,7 +120,7 @@ def load_checkpoint(args):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            print(f"{path} cannot be read and is passed over: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{path} cannot be read and is passed over: {type(error).__name__}", file=sys.stderr)
             continue
         for name, value in vars(args).items():
             if name not in FREE_FLAGS and checkpoint["flags"][name] != value:

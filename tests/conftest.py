@@ -1,0 +1,46 @@
+"""Shared by all tests: one thread, no network, and a tiny Stable Diffusion with its pairs, made once."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import tiny_sd
+import torch
+
+import build_pairs
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory):
+    """The path of a Stable Diffusion 1.x folder with small random weights."""
+    folder = str(tmp_path_factory.mktemp("models") / "tiny-sd")
+    tiny_sd.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """The path of a perturbed.jsonl with 10 pairs of prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "perturbed.jsonl"
+    things = ["red fox", "blue cup", "old boat", "green hat", "tall tree", "small dog", "grey owl", "wet road", "tin can", "moon"]
+    rows = [dict(id=f"p{i}", c=f"a {x} on a hill", c_minus=f"{x.split()[0]} hill") for i, x in enumerate(things)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def pairs(sd, prompts, tmp_path_factory):
+    """The path of a pair store of 10 pairs in shards of 3."""
+    folder = str(tmp_path_factory.mktemp("pairs") / "store")
+    build_pairs.main(["--model", sd, "--prompts", prompts, "--out", folder, "--steps", "2", "--shard-size", "3"])
+    return folder
+
+
+def read_folder(folder):
+    """{relative path: bytes} of all files in a folder."""
+    files = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return {os.path.relpath(f, folder): open(f, "rb").read() for f in files}
