@@ -137,25 +137,28 @@ def train_reference(seeds, updates=2000, batch=256, lr=3e-3):
     return model.requires_grad_(False)
 
 
-def make_pairs(seed, n):
-    """n pairs a class: x_0_w and x_0_l (K n, 2), c and c_minus (K n,). A class's first neighbour is drawn, left or
-    right, and its pairs then take both sides in turn. The pairs for n are the first of the pairs for any larger n."""
+def make_pairs(seed, n, neighbours="both"):
+    """n pairs a class: x_0_w and x_0_l (K n, 2), c and c_minus (K n,). c_minus is one of c's two neighbours: the first
+    is drawn and then they take turns ("both"), or each is drawn ("random"). The pairs for n are the first of any more.
+    """
     rng = torch.Generator().manual_seed(2000 + seed)
-    side = torch.randint(2, (K,), generator=rng).to(DEVICE)
-    c = torch.arange(K, device=DEVICE).repeat(n)
-    c_minus = (c + 1 - 2 * ((side.repeat(n) + torch.arange(n, device=DEVICE).repeat_interleave(K)) % 2)) % K
-    pairs = [(draw(w, rng, **CLEAN), draw(l, rng, **CLEAN)) for w, l in zip(c.view(n, K), c_minus.view(n, K))]
-    x_0_w, x_0_l = (torch.cat(x) for x in zip(*pairs))
-    return x_0_w, x_0_l, c, c_minus
+    c, first = torch.arange(K, device=DEVICE), torch.randint(2, (K,), generator=rng)
+    pairs = []
+    for i in range(n):
+        side = (first + i) % 2 if neighbours == "both" else torch.randint(2, (K,), generator=rng)
+        c_minus = (c + 1 - 2 * side.to(DEVICE)) % K
+        pairs.append((draw(c, rng, **CLEAN), draw(c_minus, rng, **CLEAN), c, c_minus))
+    return [torch.cat(x) for x in zip(*pairs)]
 
 
-def tune(reference, method, seeds, n, betas, lr, policies="reference", updates=300, batch=128):
+def tune(reference, method, seeds, n, betas, lr, policies="reference", neighbours="both", updates=300,
+         batch=128):
     """Tunes every seed's reference with every beta: networks in the order beta, seed. The seed fixes the pairs, and
     which of them, which t and which eps each update sees, so that all methods and settings see the same."""
     ref, theta = reference.repeat(len(betas)), reference.repeat(len(betas))
     optimizer = torch.optim.Adam(theta.parameters(), lr)
     rngs = [torch.Generator().manual_seed(3000 + s) for s in seeds]
-    pairs = [torch.stack(x).repeat(len(betas), *[1] * x[0].ndim) for x in zip(*[make_pairs(s, n) for s in seeds])]
+    pairs = [torch.stack(x).repeat(len(betas), *[1] * x[0].ndim) for x in zip(*[make_pairs(s, n, neighbours) for s in seeds])]
     beta = torch.tensor(betas, dtype=torch.float32, device=DEVICE).repeat_interleave(len(seeds) * batch)
     for _ in tqdm(range(updates), f"{method}, N = {n}", leave=False):
         pick, t = (torch.stack([torch.randint(high, (batch,), generator=r) for r in rngs]).to(DEVICE)
@@ -223,13 +226,13 @@ def save(figure, path):
     print(f"wrote {path}")
 
 
-def figure_2(policies, path):
+def figure_2(policies, neighbours, path):
     """Fig. 2 of the paper (seed 0) and the table (all seeds)."""
     reference = train_reference(SEEDS)
     models = {"Reference": reference}
     for name, method in (("D-DPO", "diffusion-dpo"), ("DDSPO", "ddspo")):
         beta, lr = SETTINGS[method + " exact" if name == "DDSPO" and policies == "exact" else method]
-        models[name] = tune(reference, method, SEEDS, 2, [beta], lr, policies)
+        models[name] = tune(reference, method, SEEDS, 2, [beta], lr, policies, neighbours)
     samples = {name: sample(model) for name, model in models.items()}
     print(HEADER(f"N = 2, {len(SEEDS)} seeds"))
     for name, x in samples.items():
@@ -247,7 +250,7 @@ def figure_2(policies, path):
     save(figure, path)
 
 
-def sweep(policies, path):
+def sweep(policies, neighbours, path):
     """N = 1 to 16: for each N and method the best of GRID by mean energy distance on TUNING_SEEDS, shown on SEEDS."""
     tuning_reference, reference = train_reference(TUNING_SEEDS), train_reference(SEEDS)
     methods, counts, result = {"D-DPO": "diffusion-dpo", "DDSPO": "ddspo"}, [1, 2, 4, 8, 16], {}
@@ -255,13 +258,14 @@ def sweep(policies, path):
     for n, (name, method) in tqdm(list(itertools.product(counts, methods.items())), "sweep"):
         grid = {}
         for lr in GRID["lr"]:
-            model = tune(tuning_reference, method, TUNING_SEEDS, n, GRID["beta"], lr, policies)
+            model = tune(tuning_reference, method, TUNING_SEEDS, n, GRID["beta"], lr, policies, neighbours)
             of_betas = zip(*[v.reshape(-1, len(TUNING_SEEDS)) for v in scores(sample(model))])
             grid |= {(beta, lr): values for beta, values in zip(GRID["beta"], of_betas)}
         best = min(grid, key=lambda setting: grid[setting][1].mean())
         tqdm.write("\n".join(row(f"{n}, {name}, {b:g}, {lr:g}" + " (best)" * ((b, lr) == best), v)
                              for (b, lr), v in grid.items()))
-        result[name, n] = best, scores(sample(tune(reference, method, SEEDS, n, [best[0]], best[1], policies)))
+        model = tune(reference, method, SEEDS, n, [best[0]], best[1], policies, neighbours)
+        result[name, n] = best, scores(sample(model))
 
     start = scores(sample(reference))
     print(f"\nEach method at its best, {len(SEEDS)} seeds:\n" + HEADER("method, N, beta, lr"))
@@ -286,9 +290,11 @@ if __name__ == "__main__":
     parser.add_argument("--sweep", action="store_true", help="N in 1, 2, 4, 8, 16 instead of the figure at N = 2")
     parser.add_argument("--policies", choices=["reference", "exact"], default="reference",
                         help="DDSPO's winning and losing policies: the reference given c and c_minus, or the true ones")
+    parser.add_argument("--neighbours", choices=["both", "random"], default="both",
+                        help="a class's pairs take c_minus from its two neighbours in turn, or at random")
     parser.add_argument("--out", help="the picture (default: figures/toy2d.png or figures/toy2d_sweep.png)")
     args = parser.parse_args()
     if args.sweep:
-        sweep(args.policies, args.out or "figures/toy2d_sweep.png")
+        sweep(args.policies, args.neighbours, args.out or "figures/toy2d_sweep.png")
     else:
-        figure_2(args.policies, args.out or "figures/toy2d.png")
+        figure_2(args.policies, args.neighbours, args.out or "figures/toy2d.png")
