@@ -158,7 +158,8 @@ def tune(reference, method, seeds, n, betas, lr, policies="reference", neighbour
     ref, theta = reference.repeat(len(betas)), reference.repeat(len(betas))
     optimizer = torch.optim.Adam(theta.parameters(), lr)
     rngs = [torch.Generator().manual_seed(3000 + s) for s in seeds]
-    pairs = [torch.stack(x).repeat(len(betas), *[1] * x[0].ndim) for x in zip(*[make_pairs(s, n, neighbours) for s in seeds])]
+    of_seeds = zip(*[make_pairs(s, n, neighbours) for s in seeds])
+    pairs = [torch.stack(x).repeat(len(betas), *[1] * x[0].ndim) for x in of_seeds]
     beta = torch.tensor(betas, dtype=torch.float32, device=DEVICE).repeat_interleave(len(seeds) * batch)
     for _ in tqdm(range(updates), f"{method}, N = {n}", leave=False):
         pick, t = (torch.stack([torch.randint(high, (batch,), generator=r) for r in rngs]).to(DEVICE)
