@@ -45,8 +45,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """A list of B prompts -> c, (B, 77, width)."""
-        return self.pipe.encode_prompt(prompts, self.pipe.device, 1, False)[0]
+        """B prompts -> c, (B, 77, width)."""
+        return self.pipe.encode_prompt(list(prompts), self.pipe.device, 1, False)[0]
 
     def sample_t(self, rng):
         """Sec. 3.3: t ~ U{1, ..., T}, counted from 0 as diffusers does; rng is a numpy generator."""

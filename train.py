@@ -62,10 +62,20 @@ def slots(n, seed, update, batch_size):
     return [(epoch, int(order(n, seed, epoch)[place])) for epoch, place in places]
 
 
-def draw(model, seed, epoch, pair, shape):
-    """t and eps of a pair, the same for its winner and loser, as a function of (seed, epoch, pair) alone."""
+def example(store, model, seed, epoch, pair, negatives="generated"):
+    """What an update sees of a pair, (c, c_minus, x_0_w, x_0_l, t, eps), as a function of (seed, epoch, pair) alone.
+    The winner and the loser share t and eps."""
     rng = np.random.default_rng([2, seed, epoch, pair])
-    return model.sample_t(rng), torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    t, eps = model.sample_t(rng), torch.from_numpy(rng.standard_normal(model.latent_shape, dtype=np.float32))
+    row, x_0_w, x_0_l = store[pair]
+    c, c_minus = row["c"], row["c_minus"]
+    if negatives != "generated":  # Table 3b: x_0_l is the winner of another prompt
+        other = pair
+        while store.rows[other]["c"] == c:
+            other = int(rng.integers(len(store)))
+        other_row, x_0_l, _ = store[other]
+        c_minus = other_row["c"] if negatives == "rand-positive" else c_minus
+    return c, c_minus, x_0_w, x_0_l, t, eps
 
 
 # ---- the step
@@ -201,12 +211,12 @@ def main(argv=None):
             optimizer.zero_grad(set_to_none=False)
             for m in range(0, len(mine), args.micro_batch):
                 micro = mine[m:m + args.micro_batch]
-                rows, x_0_w, x_0_l = zip(*[store[pair] for _, pair in micro])
-                t, eps = zip(*[draw(model, args.seed, epoch, pair, model.latent_shape) for epoch, pair in micro])
+                examples = [example(store, model, args.seed, epoch, pair, args.negatives) for epoch, pair in micro]
+                c, c_minus, x_0_w, x_0_l, t, eps = zip(*examples)
                 x_0_w, x_0_l, eps = (torch.stack(x).to(device) for x in (x_0_w, x_0_l, eps))
                 t = torch.tensor(t, device=device)
-                c = model.encode([row["c"] for row in rows])
-                c_minus = model.encode([row["c_minus"] for row in rows]) if args.objective == "ddspo" else None
+                c = model.encode(c)
+                c_minus = model.encode(c_minus) if args.objective == "ddspo" else None
 
                 loss, info = step_loss(model, net, ref, x_0_w, x_0_l, c, c_minus, t, eps, args.objective, args.beta)
                 if update == 0:
@@ -283,6 +293,8 @@ def open_store(args):
     store = PairStore(args.pairs)
     if store.meta["model"] != args.model:
         print(f"note: the pairs in {args.pairs} were made by {store.meta['model']}, not {args.model}", file=sys.stderr)
+    if args.negatives != "generated" and len({row["c"] for row in store.rows}) < 2:
+        sys.exit(f"--negatives {args.negatives} takes x_0_l from another prompt, but {args.pairs} has only one prompt.")
     return store
 
 
@@ -290,8 +302,11 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder")
     parser.add_argument("--pairs", help="the pair store (default: pairs/MODEL)")
-    parser.add_argument("--out", help="the run's folder (default: runs/MODEL-OBJECTIVE)")
+    parser.add_argument("--out", help="the run's folder (default: runs/MODEL-OBJECTIVE or -NEGATIVES)")
     parser.add_argument("--objective", choices=["ddspo", "diffusion-dpo"], default="ddspo", help="Eq. 7 or Eq. 4")
+    parser.add_argument("--negatives", choices=["generated", "rand-positive", "not-paired"], default="generated",
+                        help="Table 3b: x_0_l made from c_minus, or another prompt's winner with that prompt as c_minus, "
+                             "or with the pair's own c_minus")
     parser.add_argument("--beta", type=float, help="default: the preset's")
     parser.add_argument("--lr", type=float, help="final learning rate (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="pairs per update over all GPUs (default: the preset's)")
@@ -301,9 +316,12 @@ def parse(argv):
     parser.add_argument("--save-every", type=int, default=10, help="updates between checkpoints (guess)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.objective != "ddspo" and args.negatives != "generated":
+        sys.exit(f"--negatives {args.negatives} is a variant of DDSPO: --objective {args.objective} has no c_minus.")
     name = os.path.basename(os.path.normpath(args.model))
     args.pairs = args.pairs or os.path.join("pairs", name)
-    args.out = args.out or os.path.join("runs", f"{name}-{args.objective}")
+    variant = args.objective if args.negatives == "generated" else args.negatives
+    args.out = args.out or os.path.join("runs", f"{name}-{variant}")
     for key, value in PRESETS.get((args.model, args.objective), PRESETS["sd14", args.objective]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)

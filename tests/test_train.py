@@ -17,6 +17,7 @@ from conftest import read_folder
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+import build_pairs
 import models
 import train
 from build_pairs import PairStore
@@ -116,14 +117,46 @@ def test_the_order_shows_every_pair_once_an_epoch_and_differs_between_epochs_and
     assert run_of_5[:5] != train.slots(10, 1, 0, 5)
 
 
-def test_t_and_noise_are_a_function_of_seed_epoch_and_pair(batch):
-    t, eps = train.draw(batch[0], 0, 1, 2, (4, 64, 64))
-    again = train.draw(batch[0], 0, 1, 2, (4, 64, 64))
+class Uniform(models.StableDiffusion):
+    """As much of a model as `example` needs."""
+
+    num_train_timesteps = 1000
+    latent_shape = (4, 8, 8)
+
+    def __init__(self):
+        pass
+
+
+def test_t_and_noise_are_a_function_of_seed_epoch_and_pair(pairs):
+    store, model = PairStore(pairs), Uniform()
+    _, _, _, _, t, eps = train.example(store, model, 0, 1, 2)
+    again = train.example(store, model, 0, 1, 2)[4:]
     assert t == again[0] and (eps == again[1]).all() and eps.dtype == torch.float32
-    assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.03
-    others = [train.draw(batch[0], *key, (4, 64, 64)) for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
-    assert all(abs((eps * other).mean()) < 0.03 for _, other in others)
+    others = [train.example(store, model, *key)[4:] for key in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
+    assert all(abs((eps * other).mean()) < 0.25 for _, other in others)
     assert len({t, *[other for other, _ in others]}) > 2
+    all_eps = torch.stack([train.example(store, model, 0, epoch, pair)[5] for epoch in range(30) for pair in range(10)])
+    assert abs(all_eps.mean()) < 0.03 and abs(all_eps.std() - 1) < 0.03
+
+
+@pytest.mark.parametrize("negatives", ["rand-positive", "not-paired"])
+def test_other_negatives_are_another_prompts_winner(negatives, pairs):
+    store, model, others = PairStore(pairs), Uniform(), []
+    for epoch in range(40):
+        row, winner, _ = store[3]
+        c, c_minus, x_0_w, x_0_l, t, eps = train.example(store, model, 0, epoch, 3, negatives)
+        assert c == row["c"] and (x_0_w == winner).all()
+        other, = [i for i in range(10) if (store[i][1] == x_0_l).all()]
+        assert c_minus == (store.rows[other]["c"] if negatives == "rand-positive" else row["c_minus"])
+        generated = train.example(store, model, 0, epoch, 3)
+        assert t == generated[4] and (eps == generated[5]).all() and (generated[3] == store[3][2]).all()
+        others.append(other)
+    assert set(others) == set(range(10)) - {3}
+
+
+def test_the_variants_of_the_negatives_differ(sd, pairs, straight, tmp_path):
+    results = [run(sd, pairs, tmp_path / name, "--updates", 6, "--negatives", name) for name in ("rand-positive", "not-paired")]
+    assert not same(*results, atol=1e-5) and not any(same(r, straight[1], atol=1e-5) for r in results)
 
 
 def test_one_update_is_adamw_on_the_mean_loss_of_its_pairs(sd, pairs, tmp_path):
@@ -133,11 +166,11 @@ def test_one_update_is_adamw_on_the_mean_loss_of_its_pairs(sd, pairs, tmp_path):
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.5e-4, weight_decay=1e-2)  # half of --lr: the first of two of warm-up
     losses = []
     for epoch, pair in train.slots(10, 0, 0, 4):
-        row, x_0_w, x_0_l = store[pair]
-        t, eps = train.draw(model, 0, epoch, pair, (4, 8, 8))
-        c, c_minus = model.encode([row["c"]]), model.encode([row["c_minus"]])
-        losses.append(train.step_loss(model, net, model.net, x_0_w[None], x_0_l[None], c, c_minus, torch.tensor([t]),
-                                      eps[None], "ddspo", 500.0)[0])
+        c, c_minus, x_0_w, x_0_l, t, eps = train.example(store, model, 0, epoch, pair)
+        row = store.rows[pair]
+        assert (c, c_minus) == (row["c"], row["c_minus"]) and (x_0_l == store[pair][2]).all()
+        losses.append(train.step_loss(model, net, model.net, x_0_w[None], x_0_l[None], model.encode([c]),
+                                      model.encode([c_minus]), torch.tensor([t]), eps[None], "ddspo", 500.0)[0])
     torch.cat(losses).mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
@@ -161,18 +194,15 @@ def test_training_starts_at_log_2_exactly_and_then_lowers_the_loss(straight):
     assert log[-1]["loss"] < 0.69 and log[-1]["accuracy"] == 1 and log[-1]["loser"] > 0 and log[-1]["drift"] > 0
 
 
-def test_bands_of_time_steps_average_to_the_whole(straight):
+def test_bands_of_time_steps_average_to_the_whole(straight, pairs):
+    store = PairStore(pairs)
     for update, row in enumerate(read_log(straight[0])):
-        ts = [train.draw(models.StableDiffusion.__new__(Uniform), 0, *slot, (1,))[0] for slot in train.slots(10, 0, update, 4)]
+        ts = [train.example(store, Uniform(), 0, *slot)[4] for slot in train.slots(10, 0, update, 4)]
         assert row["pairs_by_t"] == np.bincount(np.array(ts) // 100, minlength=10).tolist()
         for name in ("loss", "logit", "winner", "drift"):
             total = sum(v * n for v, n in zip(row[name + "_by_t"], row["pairs_by_t"]) if n)
             assert total / 4 == pytest.approx(row[name], rel=1e-5, abs=1e-12)
             assert all((v is None) == (n == 0) for v, n in zip(row[name + "_by_t"], row["pairs_by_t"]))
-
-
-class Uniform(models.StableDiffusion):
-    num_train_timesteps = 1000
 
 
 # ---- one result whatever happens on the way
@@ -336,6 +366,15 @@ def test_latents_of_another_size_are_refused(sd, pairs, tmp_path):
         run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 1)
 
 
+def test_negatives_need_ddspo_and_a_second_prompt(sd, prompts, tmp_path):
+    with pytest.raises(SystemExit, match="--negatives not-paired is a variant of DDSPO"):
+        train.parse(["--model", "sd14", "--objective", "diffusion-dpo", "--negatives", "not-paired"])
+    (tmp_path / "one.jsonl").write_text(open(prompts).readline())
+    build_pairs.main(["--model", sd, "--prompts", str(tmp_path / "one.jsonl"), "--out", str(tmp_path / "store"), "--steps", "1"])
+    with pytest.raises(SystemExit, match="has only one prompt"):
+        run(sd, str(tmp_path / "store"), tmp_path / "run", "--negatives", "rand-positive")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--beta", "0"], "--beta must be more than 0, not 0.0"), (["--lr", "nan"], "--lr must be more than 0, not nan"),
     (["--batch-size", "0"], "--batch-size must be 1 or more"), (["--warmup", "-1"], "--warmup must be 0 or more"),
@@ -350,5 +389,6 @@ def test_the_short_command_is_the_papers_experiment():
     args = train.parse(["--model", "sd14"])
     assert (args.objective, args.beta, args.batch_size, args.lr, args.updates) == ("ddspo", 16000, 2048, 5.12e-6, 100)
     assert (args.pairs, args.out) == ("pairs/sd14", "runs/sd14-ddspo")
+    assert train.parse(["--model", "sd14", "--negatives", "not-paired"]).out == "runs/sd14-not-paired"
     args = train.parse(["--model", "some/folder/", "--objective", "diffusion-dpo", "--lr", "3e-6", "--warmup", "0"])
     assert (args.beta, args.lr, args.warmup, args.out) == (8000, 3e-6, 0, "runs/folder-diffusion-dpo")
