@@ -15,6 +15,7 @@ store, byte for byte if machine and --batch-size are the same too.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,27 +30,37 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import models
-from perturb import check_flags, read_rows, stop_if_bad, write_text
+from perturb import check_flags, locked, read_rows, stop_if_bad, write_text
 
 # ---- the pair store
 
 
 class PairStore:
-    """A finished pair store, to be read: store[i] -> (row, x_0_w, x_0_l), a dict and two tensors (channels, h, w)."""
+    """A finished pair store, to be read: store[i] -> (row, x_0_w, x_0_l), a dict and two tensors (channels, h, w).
+
+    Stops where the store is unfinished, or its table or a shard is not what was written; a shard is checked when it is
+    first opened.
+    """
 
     def __init__(self, folder):
-        self.folder = folder
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
-            self.meta = json.load(file)
+        self.folder, self.meta, self.checked = folder, read_meta(folder), set()
         if "checksums" not in self.meta:
             sys.exit(f"the pair store {folder} is not finished: run the build_pairs.py command that began it again.")
-        with open(os.path.join(folder, "pairs.jsonl"), encoding="utf-8") as file:
+        table = os.path.join(folder, "pairs.jsonl")
+        if not os.path.isfile(table) or checksum(table) != self.meta["table"]:
+            sys.exit(f"{table} is missing or was changed after the pairs were made: make them anew in another folder.")
+        with open(table, encoding="utf-8") as file:
             self.rows = [json.loads(line) for line in file]
         self.shard = functools.lru_cache(maxsize=64)(self.shard)  # open files, of which a process may have about 1000
 
     def shard(self, number):
         """The opened shard: a safetensors file, mapped into memory."""
-        return safe_open(shard_path(self.folder, number), framework="pt")
+        path = shard_path(self.folder, number)
+        if number not in self.checked:
+            if not os.path.isfile(path) or checksum(path) != self.meta["checksums"][number]:
+                sys.exit(f"{path} is missing or damaged: delete it and run its build_pairs.py command again.")
+            self.checked.add(number)
+        return safe_open(path, framework="pt")
 
     def __len__(self):
         return len(self.rows)
@@ -58,6 +69,16 @@ class PairStore:
         row = self.rows[i]
         shard = self.shard(row["shard"])
         return row, shard.get_slice("x_0_w")[row["row"]], shard.get_slice("x_0_l")[row["row"]]
+
+
+def read_meta(folder):
+    """A store's meta.json, as a dict."""
+    path = os.path.join(folder, "meta.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        sys.exit(f"{path} cannot be read: {folder} is no pair store, or damaged. Make the pairs in another folder.")
 
 
 def shard_path(folder, number):
@@ -98,13 +119,17 @@ def begin(args, rows, model):
     settings["table"] = hashlib.sha256(table.encode()).hexdigest()
     meta_path = os.path.join(args.out, "meta.json")
     if os.path.exists(meta_path):
-        with open(meta_path, encoding="utf-8") as file:
-            meta = json.load(file)
+        meta = read_meta(args.out)
         for key, value in settings.items():
-            if meta[key] != value:
-                what = f"{key} {meta[key]}, not {value}" if key != "table" else f"other prompts than {args.prompts} has"
+            if meta.get(key) != value:
+                what = f"{key} {meta.get(key)}, not {value}"
+                what = f"other prompts than {args.prompts} has" if key == "table" else what
                 sys.exit(f"the pair store {args.out} was begun with {what}: use the same again, or another --out.")
         return meta
+    others = [f for f in os.listdir(args.out) if f != "pairs.jsonl" and not f.endswith(".partial")]
+    kept = os.path.join(args.out, "pairs.jsonl")  # a run that was stopped right here has written it already
+    if others or (os.path.exists(kept) and checksum(kept) != settings["table"]):
+        sys.exit(f"{args.out} holds other files and no meta.json, so it is no pair store: give another --out.")
     settings["versions"] = dict(torch=torch.__version__, diffusers=diffusers.__version__)
     write_text(os.path.join(args.out, "pairs.jsonl"), table)
     write_text(meta_path, json.dumps(settings, indent=1) + "\n")  # last: a store begins with it
@@ -139,11 +164,14 @@ def main(argv=None):
     parser.add_argument("--shard-size", type=int, default=128, help="pairs in a file (guess)")
     parser.add_argument("--seed", type=int, default=0, help="x_T of pair i comes from seed + i")
     args = parser.parse_args(argv)
-    args.out = args.out or os.path.join("pairs", os.path.basename(os.path.normpath(args.model)))
+    args.model = os.path.normpath(args.model)
+    args.out = args.out or os.path.join("pairs", os.path.basename(args.model))
     check_flags(args, steps=1, guidance=0, batch_size=1, shard_size=1, seed=0)
 
     rows = read_perturbed(args.prompts)
-    with models.processes() as (rank, world, device):
+    with models.processes() as (rank, world, device), contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(locked(args.out))
         model = models.load(args.model, device, torch.float16 if device.type == "cuda" else torch.float32)
         if world > 1 and rank > 0:
             dist.barrier()  # the first process alone begins the store
@@ -153,6 +181,9 @@ def main(argv=None):
         shards = range((len(rows) - 1) // args.shard_size + 1)
         todo = [s for s in shards if not os.path.exists(shard_path(args.out, s))]
         if "checksums" in meta and not todo:
+            store = PairStore(args.out)
+            for s in shards:
+                store.shard(s)
             print(f"{args.out} is complete: {len(rows)} pairs; nothing was done") if rank == 0 else None
             return
         if world > 1:

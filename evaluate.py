@@ -33,7 +33,7 @@ def generate(model, name, prompts, args):
 
 def grid(args):
     """Writes Fig. 3 for the first --rows prompts."""
-    prompts = [prompt for _, _, prompt in read_rows(args.prompts, ["prompt"])][:args.rows]
+    prompts = [prompt for _, _, prompt in read_rows(args.prompts, ["prompt"]) if prompt][:args.rows]
     if not prompts:
         sys.exit(f"{args.prompts} has no prompts in it.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,12 +44,13 @@ def grid(args):
     figure, axes = plt.subplots(len(prompts), len(columns), squeeze=False, layout="constrained",
                                 figsize=(2.5 * len(columns) + 1, 2.5 * len(prompts) + 0.5))
     for column, (name, images) in enumerate(zip(args.models, columns)):
-        axes[0, column].set_title(name, fontsize=8)
+        axes[0, column].set_title("\n".join(textwrap.wrap(name, 34)), fontsize=8, parse_math=False)
         for row, image in enumerate(images):
             axes[row, column].imshow(image)
             axes[row, column].set(xticks=[], yticks=[])
             if column == 0:
-                axes[row, 0].set_ylabel(textwrap.shorten(prompts[row], 80), fontsize=7, wrap=True)
+                label = "\n".join(textwrap.wrap(prompts[row], 34, max_lines=5))
+                axes[row, 0].set_ylabel(label, fontsize=7, parse_math=False)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     figure.savefig(args.out + ".partial", dpi=200, format="png")
     os.replace(args.out + ".partial", args.out)
@@ -70,6 +71,8 @@ def main(argv=None):
     command.add_argument("--batch-size", type=int, default=4, help="images sampled at once (guess)")
     command.add_argument("--seed", type=int, default=0, help="image i's noise comes from seed + i")
     args = parser.parse_args(argv)
+    if os.path.isdir(args.out):
+        sys.exit(f"--out {args.out} is a folder: give the name of a PNG file to write.")
     check_flags(args, rows=1, steps=1, guidance=0, batch_size=1, seed=0)
     args.run(args)
 

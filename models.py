@@ -76,13 +76,13 @@ def load(name, device="cpu", dtype=torch.float32):
     """The model called `name`: a preset, a local diffusers folder or a hub id, with all its parts in one precision."""
     path = PRESETS.get(name, name)
     try:
-        family = DiffusionPipeline.load_config(path)["_class_name"]
+        family = DiffusionPipeline.load_config(path).get("_class_name")
         if family not in FAMILIES:
             sys.exit(f"{name} is a {family}; supported are {', '.join(FAMILIES)}.")
         return FAMILIES[family](path, device, dtype)
     except OSError as error:
-        sys.exit(f"--model {name}: not a preset ({', '.join(PRESETS)}), nor a diffusers folder or hub id that loads: "
-                 + str(error).strip().split("\n")[0])
+        sys.exit(f"{name} is no preset ({', '.join(PRESETS)}), and no diffusers folder or hub id that can be loaded "
+                 "(without network: from the cache). " + str(error).strip().split("\n")[0])
 
 
 def initial_noise(seed, shape):

@@ -11,6 +11,8 @@ Out: .jsonl, a line a pair: id, c, c_minus, strategy, seed.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -64,9 +66,10 @@ def read_rows(path, fields):
                         continue
                     row = json.loads(text)
                     texts, name = [row[field].strip() for field in fields], str(row.get("id", f"{number:06d}"))
+                    "".join(texts + [name]).encode()  # JSON can hold half characters, which no file can
                 else:
                     texts, name = [text], f"{number:06d}"
-            except UnicodeDecodeError:
+            except UnicodeError:
                 bad.append(f"{path}:{number}: not UTF-8")
                 continue
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
@@ -96,10 +99,30 @@ def check_flags(args, above_0=(), **least):
 
 def write_text(path, text):
     """Writes a file whole or not at all, and its folder if need be."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".partial", path)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".partial", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(path + ".partial", path)
+    except OSError as error:
+        sys.exit(f"cannot write {path}: {error.strerror}.")
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes a folder and holds it for this process alone until it ends, however it ends; stops if another holds it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"another process is writing into {folder}: wait for it, or stop it first.")
+    except OSError as error:
+        sys.exit(f"cannot write into {folder}: {error.strerror}.")
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def main(argv=None):
@@ -117,6 +140,8 @@ def main(argv=None):
         sys.exit(f"--low and --high must satisfy 0 < low <= high < 1, not {args.low} and {args.high}.")
 
     prompts = read_rows(args.prompts, ["prompt"])
+    if os.path.isdir(args.out):
+        sys.exit(f"{args.out} is a folder: give the name of a .jsonl file to write.")
     if os.path.exists(args.out) and os.path.samefile(args.prompts, args.out):
         sys.exit(f"{args.out} is the file of prompts itself: give another name for the result.")
     lines, short = [], []

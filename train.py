@@ -13,6 +13,7 @@ In --out: log.jsonl (a line an update), checkpoint-*.pt (the newest two), pipeli
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import glob
@@ -20,9 +21,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import models
 from build_pairs import PairStore
 from loss import ddspo_loss, diffusion_dpo_loss
-from perturb import check_flags, write_text
+from perturb import check_flags, locked, write_text
 
 # The paper's experiments. beta and 100 updates are the paper's (its overview); batch size, learning rate (2.5e-9 a pair
 # times 2048), warm-up and D-DPO's rows are from the authors' research scripts. The scripts contradict each other on the
@@ -128,10 +129,14 @@ def load_checkpoint(args):
     """The newest readable checkpoint, or None. Stops if it was made with other flags."""
     for path in sorted(glob.glob(os.path.join(args.out, "checkpoint-*.pt")), reverse=True):
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            print(f"{path} cannot be read and is passed over: {type(error).__name__}", file=sys.stderr)
+            with zipfile.ZipFile(path) as file:  # a torch checkpoint is a zip file, with a checksum for each tensor
+                damaged = file.testzip()
+        except zipfile.BadZipFile as error:
+            damaged = error
+        if damaged:
+            print(f"{path} is damaged ({damaged}) and is passed over", file=sys.stderr)
             continue
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in vars(args).items():
             if name not in FREE_FLAGS and checkpoint["flags"][name] != value:
                 sys.exit(f"the run in {args.out} was begun with {name} {checkpoint['flags'][name]}, not {value}: "
@@ -140,16 +145,18 @@ def load_checkpoint(args):
             sys.exit(f"the run in {args.out} has {checkpoint['update']} updates, more than --updates {args.updates}: "
                      "give more, or another --out.")
         return checkpoint
+    if os.path.exists(os.path.join(args.out, "pipeline")):
+        sys.exit(f"{args.out}/pipeline is a result without a checkpoint, and would be replaced. Give another --out.")
     return None
 
 
 def export(args, model):
     """The tuned pipeline as a diffusers folder in one precision, float32, whole or not at all."""
     folder = os.path.join(args.out, "pipeline")
-    for old in (folder + ".partial", folder):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder + ".partial", ignore_errors=True)
     model.pipe.save_pretrained(folder + ".partial")
     write_text(os.path.join(folder + ".partial", "training.json"), json.dumps(vars(args), indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)  # of fewer updates; the checkpoint can make it again
     os.replace(folder + ".partial", folder)
 
 
@@ -169,14 +176,16 @@ def finished(args):
 
 def main(argv=None):
     args = parse(argv)
-    with models.processes() as (rank, world, device):
+    with models.processes() as (rank, world, device), contextlib.ExitStack() as stack:
         if args.batch_size < world:
             sys.exit(f"--batch-size {args.batch_size} is too small for {world} processes: use fewer of them.")
         store = open_store(args)
-        args.store = hashlib.sha256("".join(store.meta["checksums"]).encode()).hexdigest()
+        args.store = hashlib.sha256("".join([store.meta["table"], *store.meta["checksums"]]).encode()).hexdigest()
         if finished(args):
             print(f"{args.out} is finished after {args.updates} updates; nothing was done") if rank == 0 else None
             return
+        if rank == 0:
+            stack.enter_context(locked(args.out))
         checkpoint = load_checkpoint(args)
 
         torch.set_float32_matmul_precision("high")  # tf32 on GPUs: it shifts logits by about 0.01 at beta = 16000
@@ -196,8 +205,6 @@ def main(argv=None):
             optimizer.load_state_dict(checkpoint["optimizer"])
             start = checkpoint["update"]
             del checkpoint
-        elif rank == 0:
-            os.makedirs(args.out, exist_ok=True)
         log = open_log(args, start) if rank == 0 else None
         if rank == 0:
             micro_batches = math.ceil(args.batch_size / world / args.micro_batch)
@@ -280,7 +287,10 @@ def open_log(args, start):
     lines = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            lines = file.readlines()[:start]
+            for line in file:
+                if not line.endswith("\n") or json.loads(line)["update"] > start:
+                    break
+                lines.append(line)
     write_text(path, "".join(lines))
     return open(path, "a", encoding="utf-8")
 
@@ -305,8 +315,8 @@ def parse(argv):
     parser.add_argument("--out", help="the run's folder (default: runs/MODEL-OBJECTIVE or -NEGATIVES)")
     parser.add_argument("--objective", choices=["ddspo", "diffusion-dpo"], default="ddspo", help="Eq. 7 or Eq. 4")
     parser.add_argument("--negatives", choices=["generated", "rand-positive", "not-paired"], default="generated",
-                        help="Table 3b: x_0_l made from c_minus, or another prompt's winner with that prompt as c_minus, "
-                             "or with the pair's own c_minus")
+                        help="Table 3b: x_0_l made from c_minus; or another prompt's winner, with that prompt as "
+                             "c_minus, or with the pair's own c_minus")
     parser.add_argument("--beta", type=float, help="default: the preset's")
     parser.add_argument("--lr", type=float, help="final learning rate (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="pairs per update over all GPUs (default: the preset's)")
@@ -318,7 +328,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.objective != "ddspo" and args.negatives != "generated":
         sys.exit(f"--negatives {args.negatives} is a variant of DDSPO: --objective {args.objective} has no c_minus.")
-    name = os.path.basename(os.path.normpath(args.model))
+    args.model = os.path.normpath(args.model)
+    name = os.path.basename(args.model)
     args.pairs = args.pairs or os.path.join("pairs", name)
     variant = args.objective if args.negatives == "generated" else args.negatives
     args.out = args.out or os.path.join("runs", f"{name}-{variant}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,73 @@ def test_killed_after_each_file_appears_it_goes_on_to_the_same_store(sd, prompts
     assert read_folder(out) == read_folder(pairs)
 
 
+def copy_of(pairs, tmp_path):
+    return shutil.copytree(pairs, tmp_path / "copy")
+
+
+def test_a_damaged_or_missing_shard_is_noticed_and_made_again_when_deleted(sd, prompts, pairs, tmp_path):
+    folder = copy_of(pairs, tmp_path)
+    shard = folder / "shard-00001.safetensors"
+    again = ["--model", sd, "--prompts", prompts, "--out", str(folder), *STEPS]
+    data = bytearray(shard.read_bytes())
+    data[-7] ^= 1
+    for damage in (bytes(data), data[:500], b""):
+        shard.write_bytes(damage)
+        assert PairStore(folder)[0][0]["id"] == "p0"
+        with pytest.raises(SystemExit, match="shard-00001.safetensors is missing or damaged: delete it"):
+            PairStore(folder)[3]
+        with pytest.raises(SystemExit, match="shard-00001.safetensors is missing or damaged"):
+            build_pairs.main(again)
+    shard.unlink()
+    with pytest.raises(SystemExit, match="missing or damaged"):
+        PairStore(folder)[3]
+    build_pairs.main(again)
+    assert read_folder(folder) == read_folder(pairs)
+
+
+def test_a_changed_table_or_meta_is_noticed(sd, prompts, pairs, tmp_path):
+    folder = copy_of(pairs, tmp_path)
+    table = (folder / "pairs.jsonl").read_text()
+    for change in (table.replace("fox", "wolf"), table[:300], ""):
+        (folder / "pairs.jsonl").write_text(change)
+        with pytest.raises(SystemExit, match="pairs.jsonl is missing or was changed"):
+            PairStore(folder)
+    (folder / "pairs.jsonl").unlink()
+    with pytest.raises(SystemExit, match="pairs.jsonl is missing or was changed"):
+        PairStore(folder)
+    for change in ("", "{", "[1]"):
+        (folder / "meta.json").write_text(change)
+        with pytest.raises(SystemExit, match="meta.json cannot be read"):
+            build_pairs.main(["--model", sd, "--prompts", prompts, "--out", str(folder), *STEPS])
+
+
+def test_a_folder_with_other_files_is_not_made_a_store(sd, prompts, pairs, tmp_path):
+    folder = copy_of(pairs, tmp_path)
+    (folder / "meta.json").unlink()  # its shards could be of any settings
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pairs.jsonl").write_text(open(prompts).read())  # a user's own file of that name
+    for out, given in ((folder, prompts), (tmp_path / "data", tmp_path / "data" / "pairs.jsonl")):
+        before = read_folder(out)
+        with pytest.raises(SystemExit, match="holds other files and no meta.json"):
+            build_pairs.main(["--model", sd, "--prompts", str(given), "--out", str(out), *STEPS])
+        assert read_folder(out) == before
+
+
+def test_a_second_writer_is_refused(sd, prompts, tmp_path):
+    holder = "import perturb, sys, time\nwith perturb.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path / "store")], stdout=subprocess.PIPE,
+                               cwd=os.path.dirname(os.path.abspath(build_pairs.__file__)))
+    assert process.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(SystemExit, match="another process is writing into .*store"):
+            build_pairs.main(["--model", sd, "--prompts", prompts, "--out", str(tmp_path / "store"), *STEPS])
+    finally:
+        process.kill()
+        process.wait()
+    build_pairs.main(["--model", sd, "--prompts", prompts, "--out", str(tmp_path / "store"), *STEPS])  # the lock is gone with it
+    assert len(PairStore(tmp_path / "store")) == 10
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--guidance", "3"], "guidance 7.5, not 3.0"), (["--steps", "4"], "steps 2, not 4"), (["--seed", "1"], "seed 0, not 1"),
     (["--shard-size", "5"], "shard_size 3, not 5"),
@@ -137,8 +205,8 @@ def test_bad_prompts_are_named(line, message, sd, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--prompts", "none.jsonl"], "no file none.jsonl: make it with  python perturb.py"),
     (["--prompts", __file__], "must be the .jsonl file"), (["--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
-    (["--seed", "-1"], "--seed must be 0 or more"), (["--guidance", "nan"], "--guidance must be 0 or more, not nan"),
+    (["--seed", "-1"], "--seed must be 0 or more"), (["--out", __file__], "cannot write into .*File exists"), (["--guidance", "nan"], "--guidance must be 0 or more, not nan"),
 ])
-def test_mistakes_end_in_one_sentence(flags, message, sd):
+def test_mistakes_end_in_one_sentence(flags, message, sd, prompts):
     with pytest.raises(SystemExit, match=message):
-        build_pairs.main(["--model", sd, *flags])
+        build_pairs.main(["--model", sd, *(["--prompts", prompts] if "--out" in flags else []), *flags])

@@ -27,7 +27,7 @@ def test_image_i_depends_on_its_prompt_and_seed_plus_i_only(sd):
 
 
 def test_the_grid_has_a_row_a_prompt_and_a_column_a_model(sd, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("a red fox\na blue cup\nan old boat\n")
+    (tmp_path / "prompts.txt").write_text("a red fox for $5 and $x^2 _{ 6\n\na blue cup\nan old boat\n")
     shown = []
     monkeypatch.setattr(evaluate.plt.Axes, "imshow", lambda axis, image: shown.append((axis, image)))
     evaluate.main(["grid", "--models", sd, sd, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "g.png"),
@@ -42,6 +42,7 @@ def test_the_grid_has_a_row_a_prompt_and_a_column_a_model(sd, tmp_path, monkeypa
 
 @pytest.mark.parametrize("flags, message", [
     (["--prompts", "none.txt"], "no file none.txt"), (["--prompts", os.devnull], "no file"),
+    (["--prompts", __file__, "--out", "."], "--out . is a folder"),
     (["--prompts", __file__, "--rows", "0"], "--rows must be 1 or more"),
 ])
 def test_mistakes_end_in_one_sentence(flags, message, sd):

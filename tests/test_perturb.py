@@ -98,14 +98,15 @@ def test_jsonl_keeps_ids_and_non_latin_text(tmp_path):
 
 def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
     bad = b'{"prompt": "fine and good"}\n{"prompt": 3}\n[1]\nnot json\n{"text": "no"}\n\xff\xfe\n'
+    bad += b'{"prompt": "half a character \\ud800"}\n'
     (tmp_path / "p.jsonl").write_bytes(bad + b'{"id": "x", "prompt": "a b"}\n{"id": "x", "prompt": "c d"}\n')
     (tmp_path / "out.jsonl").write_text("what was there")
     with pytest.raises(SystemExit) as stop:
         perturb.main([str(tmp_path / "p.jsonl"), str(tmp_path / "out.jsonl")])
-    for number in (2, 3, 4, 5, 6, 8):
+    for number in (2, 3, 4, 5, 6, 7, 9):
         assert f"p.jsonl:{number}: " in str(stop.value)
-    assert "p.jsonl:1: " not in str(stop.value) and "p.jsonl:7: " not in str(stop.value)
-    assert "6 bad lines" in str(stop.value)
+    assert "p.jsonl:1: " not in str(stop.value) and "p.jsonl:8: " not in str(stop.value)
+    assert "7 bad lines" in str(stop.value)
     assert (tmp_path / "out.jsonl").read_text() == "what was there"
 
 
@@ -114,6 +115,7 @@ def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
     (["p.txt", "p.txt"], "the file of prompts itself"),
     (["p.txt", "out.jsonl", "--variants", "0"], "--variants must be 1 or more, not 0"),
     (["p.txt", "out.jsonl", "--low", "0.8"], "--low and --high"),
+    (["p.txt", "."], ". is a folder"), (["p.txt", "p.txt/out.jsonl"], "cannot write p.txt/out.jsonl: "),
     (["short.txt", "out.jsonl"], "no prompt of two words or more"),
 ])
 def test_mistakes_end_in_one_sentence(arguments, message, tmp_path, monkeypatch):

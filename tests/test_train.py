@@ -233,13 +233,36 @@ def test_the_newest_readable_checkpoint_is_taken(sd, pairs, straight, tmp_path, 
     shutil.copytree(straight[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "pipeline")
     assert sorted(f for f in os.listdir(tmp_path / "run") if f.endswith("pt")) == ["checkpoint-000004.pt", "checkpoint-000006.pt"]
-    for size in (100_000, 100, 0):
-        os.truncate(tmp_path / "run" / "checkpoint-000006.pt", size)
+    whole = (tmp_path / "run" / "checkpoint-000006.pt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damage in (whole[:100_000], whole[:100], b"", b"junk", bytes(flipped)):
+        (tmp_path / "run" / "checkpoint-000006.pt").write_bytes(damage)
         assert same(run(sd, pairs, tmp_path / "run", "--updates", 6), straight[1])
         captured = capsys.readouterr()
-        assert "checkpoint-000006.pt cannot be read and is passed over" in captured.err and "from update 4" in captured.out
+        assert "checkpoint-000006.pt is damaged" in captured.err and "from update 4" in captured.out
         assert read_log(tmp_path / "run") == read_log(straight[0])
         shutil.rmtree(tmp_path / "run" / "pipeline")
+
+
+def test_a_result_without_its_checkpoint_is_not_replaced(sd, pairs, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    for name in ("checkpoint-000004.pt", "checkpoint-000006.pt"):
+        os.remove(tmp_path / "run" / name)
+    before = read_folder(tmp_path / "run")
+    with pytest.raises(SystemExit, match="would be replaced. Give another --out"):
+        run(sd, pairs, tmp_path / "run", "--updates", 7)
+    assert read_folder(tmp_path / "run") == before
+
+
+def test_the_log_is_cut_to_the_checkpoint_whatever_became_of_it(tmp_path):
+    args = type("args", (), dict(out=str(tmp_path)))
+    rows = [json.dumps(dict(update=u)) + "\n" for u in (3, 4, 5, 6)]
+    (tmp_path / "log.jsonl").write_text("".join(rows) + '{"upda')
+    train.open_log(args, 5).close()
+    assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:3])
+    train.open_log(args, 0).close()
+    assert (tmp_path / "log.jsonl").read_text() == ""
 
 
 def command(sd, pairs, out, *flags, processes=1):
@@ -353,9 +376,16 @@ def test_a_run_is_not_continued_with_other_flags(flags, message, sd, pairs, stra
 def test_a_run_is_not_continued_with_other_pairs(sd, pairs, straight, tmp_path):
     shutil.copytree(pairs, tmp_path / "store")
     meta = json.loads((tmp_path / "store" / "meta.json").read_text())
-    (tmp_path / "store" / "meta.json").write_text(json.dumps(meta | dict(checksums=["other"])))
-    with pytest.raises(SystemExit, match="begun with store"):
-        run(sd, str(tmp_path / "store"), straight[0], "--updates", 6)
+    table = tmp_path / "store" / "pairs.jsonl"
+    for changed in ("checksums", "table"):
+        if changed == "checksums":
+            change = dict(checksums=["other"])
+        else:
+            table.write_text(table.read_text().replace("fox", "wolf"))
+            change = dict(table=build_pairs.checksum(table))
+        (tmp_path / "store" / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(SystemExit, match="begun with store"):
+            run(sd, str(tmp_path / "store"), straight[0], "--updates", 6)
 
 
 def test_latents_of_another_size_are_refused(sd, pairs, tmp_path):
