@@ -136,7 +136,7 @@ def begin(args, rows, model):
     return settings
 
 
-def make_shard(model, rows, first, args):
+def make_shard(model, rows, first, args, bar):
     """x_0_w and x_0_l, each (len(rows), channels, h, w), of the pairs first, first + 1, ..."""
     x_0_w, x_0_l = [], []
     for start in range(0, len(rows), args.batch_size):
@@ -150,6 +150,7 @@ def make_shard(model, rows, first, args):
             sys.exit(f"the latents of the pairs {bad} are not finite: their shard was not written. Leave them out.")
         x_0_w += x_0[:len(c)]
         x_0_l += x_0[len(c):]
+        bar.update(len(c))
     return torch.stack(x_0_w), torch.stack(x_0_l)
 
 
@@ -189,11 +190,12 @@ def main(argv=None):
         if world > 1:
             dist.barrier()  # all have seen the same list of shards before any adds to them
         mine = todo[rank::world]
-        for s in tqdm(mine, "shards", disable=rank > 0):
-            first = s * args.shard_size
-            x_0_w, x_0_l = make_shard(model, rows[first:first + args.shard_size], first, args)
-            save_file(dict(x_0_w=x_0_w, x_0_l=x_0_l), shard_path(args.out, s) + ".partial")
-            os.replace(shard_path(args.out, s) + ".partial", shard_path(args.out, s))
+        with tqdm(total=min(len(mine) * args.shard_size, len(rows)), desc="pairs", disable=rank > 0) as bar:
+            for s in mine:
+                first = s * args.shard_size
+                x_0_w, x_0_l = make_shard(model, rows[first:first + args.shard_size], first, args, bar)
+                save_file(dict(x_0_w=x_0_w, x_0_l=x_0_l), shard_path(args.out, s) + ".partial")
+                os.replace(shard_path(args.out, s) + ".partial", shard_path(args.out, s))
         if world > 1:
             dist.barrier()
         if rank == 0:

@@ -24,7 +24,8 @@ import transformers
 transformers.logging.set_verbosity_error()  # else it warns of image processors that nothing here uses
 from diffusers import DiffusionPipeline, StableDiffusionPipeline  # noqa: E402
 
-PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+           "shapes": "runs/shapes-0/reference"}  # the last is made by shapes.py
 
 
 class StableDiffusion:
@@ -75,6 +76,8 @@ FAMILIES = {"StableDiffusionPipeline": StableDiffusion}
 def load(name, device="cpu", dtype=torch.float32):
     """The model called `name`: a preset, a local diffusers folder or a hub id, with all its parts in one precision."""
     path = PRESETS.get(name, name)
+    if name == "shapes" and not os.path.isdir(path):
+        sys.exit(f"there is no {path} yet: make it with  python shapes.py")
     try:
         family = DiffusionPipeline.load_config(path).get("_class_name")
         if family not in FAMILIES:

@@ -301,7 +301,7 @@ def open_store(args):
                  f"    python perturb.py prompts.txt perturbed.jsonl\n"
                  f"    torchrun build_pairs.py --model {args.model} --prompts perturbed.jsonl --out {args.pairs}")
     store = PairStore(args.pairs)
-    if store.meta["model"] != args.model:
+    if store.meta["model"] not in (args.model, models.PRESETS.get(args.model)):
         print(f"note: the pairs in {args.pairs} were made by {store.meta['model']}, not {args.model}", file=sys.stderr)
     if args.negatives != "generated" and len({row["c"] for row in store.rows}) < 2:
         sys.exit(f"--negatives {args.negatives} takes x_0_l from another prompt, but {args.pairs} has only one prompt.")
@@ -330,12 +330,12 @@ def parse(argv):
         sys.exit(f"--negatives {args.negatives} is a variant of DDSPO: --objective {args.objective} has no c_minus.")
     args.model = os.path.normpath(args.model)
     name = os.path.basename(args.model)
-    args.pairs = args.pairs or os.path.join("pairs", name)
     variant = args.objective if args.negatives == "generated" else args.negatives
     args.out = args.out or os.path.join("runs", f"{name}-{variant}")
     for key, value in PRESETS.get((args.model, args.objective), PRESETS["sd14", args.objective]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    args.pairs = args.pairs or os.path.join("pairs", name)
     check_flags(args, above_0=("beta", "lr"), batch_size=1, updates=1, warmup=0, micro_batch=1, save_every=1, seed=0)
     return args
 

@@ -45,11 +45,11 @@ def test_a_stopped_run_goes_on_to_the_same_store(sd, prompts, pairs, tmp_path, m
     out, made = str(tmp_path / "store"), []
     real = build_pairs.make_shard
 
-    def stop_at_the_third(model, rows, first, args):
+    def stop_at_the_third(model, rows, first, args, bar):
         made.append(first)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return real(model, rows, first, args)
+        return real(model, rows, first, args, bar)
 
     monkeypatch.setattr(build_pairs, "make_shard", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):

@@ -78,7 +78,10 @@ def test_loaded_in_one_precision_without_safety_checker(sd):
     assert model.alpha_bar.dtype == torch.float32
 
 
-def test_what_cannot_be_loaded_is_said_in_a_sentence(sd, tmp_path):
+def test_what_cannot_be_loaded_is_said_in_a_sentence(sd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="there is no runs/shapes-0/reference yet: make it with  python shapes.py"):
+        models.load("shapes")
     with pytest.raises(SystemExit, match="nothing is no preset"):
         models.load(str(tmp_path / "nothing"))
     for file, key, value, message in (("model_index.json", "_class_name", "FluxPipeline", "FluxPipeline; supported are"),

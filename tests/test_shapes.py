@@ -1,5 +1,7 @@
 """shapes.py: the world against its scorer, and the distance between image sets against a second computation."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -96,3 +98,64 @@ def test_the_frechet_distance_of_known_gaussians():
     assert shapes.frechet(x, shifted) == pytest.approx(5, rel=1e-6)
     wide = rng.normal(size=(40000, 3)) * [1, 3, 0.5]  # commuting covariances: sum of (s - r)^2
     assert shapes.frechet(x, wide) == pytest.approx(0 + 4 + 0.25, rel=0.05)
+
+
+def test_intervals_cover_the_mean_and_pairing_narrows_them():
+    rng = np.random.default_rng(0)
+    a = rng.random((3, 400)) < 0.5
+    b = a.copy()
+    b[:, :20] = True  # better on a few prompts only
+    mean, low, high = shapes.interval(a, rng)
+    assert mean == a.mean() and low < mean < high
+    assert (high - low) == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(1200), rel=0.1)
+    _, low_of_difference, high_of_difference = shapes.interval(b.astype(float) - a, rng)
+    assert high_of_difference - low_of_difference < 0.5 * (high - low) and low_of_difference > 0
+
+
+def test_training_captions_are_wrong_and_dropped_in_the_stated_shares():
+    images, captions = shapes.make_dataset(0, 1200)
+    dropped = np.mean([caption == "" for caption in captions])
+    assert 0.07 < dropped < 0.13
+    colors = {color: [c for c in captions if color in c.split()] for color in shapes.COLORS}
+    right = np.mean([color in [o[1] for o in shapes.find_objects(image)] for color in colors
+                     for image, caption in zip(images, captions) if caption in colors[color]])
+    assert 0.6 < right < 0.9  # half of the captions have one thing wrong, which is a colour in some
+
+
+def test_the_tokenizer_has_a_token_for_each_word():
+    tokenizer = shapes.make_tokenizer(["a red circle to the left of a blue square", "there is a triangle"])
+    for caption, words in (("a red square", 3), ("there is a circle to the left of a triangle", 10)):
+        assert len(tokenizer(caption).input_ids) == words + 2
+    assert tokenizer("red circle").input_ids != tokenizer("blue circle").input_ids
+
+
+@pytest.mark.slow
+def test_the_whole_experiment_runs_and_continues_where_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "QUICK", dict(autoencoder=3, reference=3, images=64, pairs=6, updates=4, prompts=20))
+    shapes.main(["--quick"])
+    out = capsys.readouterr().out
+    for script in ("perturb.py", "build_pairs.py --model", "train.py --model", "--objective diffusion-dpo", "--negatives not-paired",
+                   "evaluate.py grid --models"):
+        assert "$ python " in out and script in out
+    first = out[out.index("| guidance 1 |"):]
+    assert all(f"| {name} |" in first for name in ("Reference", "D-DPO", "DDSPO", "Rand-positive", "Not-paired"))
+    assert "python shapes.py" in first
+    home = tmp_path / "runs" / "shapes-quick-0"
+    assert (home / "shapes.png").stat().st_size > 10_000 and (home / "shapes-curves.png").stat().st_size > 5_000
+    kept = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.suffix in (".safetensors", ".pt", ".json")}
+    shutil.rmtree(home / "Not-paired")  # as if stopped while this was in the making
+    for path in home.glob("Not-paired-*"):
+        path.unlink()
+    shapes.main(["--quick"])
+    again = capsys.readouterr().out
+    assert again[again.index("| guidance 1 |"):] == first
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if "Not-paired" not in str(path))
+
+
+def test_flags_that_cannot_apply_are_refused():
+    for flags in (["--grid", "--quick"], ["--grid", "--seeds", "3"]):
+        with pytest.raises(SystemExit, match="give neither --quick nor --seeds"):
+            shapes.main(flags)
+    with pytest.raises(SystemExit, match="--seeds must be 1 or more"):
+        shapes.main(["--seeds", "0"])
