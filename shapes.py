@@ -282,11 +282,12 @@ def train_reference(folder, seed, size, device):
 
 METHODS = {"D-DPO": ["--objective", "diffusion-dpo"], "DDSPO": [], "Rand-positive": ["--negatives", "rand-positive"],
            "Not-paired": ["--negatives", "not-paired"]}  # Tables 1a and 3b; the last two are DDSPO without made losers
-SETTINGS = dict.fromkeys(METHODS, (500, 3e-5))  # beta and lr, each method's best of GRID by `--grid`
+SETTINGS = {"D-DPO": (200, 3e-5), "DDSPO": (1000, 3e-5), "Rand-positive": (200, 1e-4), "Not-paired": (1000, 3e-5)}
+# ^ beta and lr: each method's best of GRID by `--grid`
 GRID = dict(beta=[200, 1000], lr=[1e-5, 3e-5, 1e-4])
 GRID_SEED = 100  # settings are chosen on a seed that is not reported
 FULL = dict(autoencoder=800, reference=2000, images=16384, pairs=1024, updates=80, prompts=400)
-QUICK = dict(autoencoder=200, reference=250, images=4096, pairs=64, updates=20, prompts=50)
+QUICK = dict(autoencoder=300, reference=600, images=4096, pairs=128, updates=12, prompts=50)
 GUIDANCE = (1.0, 7.5)
 PAIR_GUIDANCE = 3  # guess: the small model's images are best there
 QUARTERS = (1, 2, 3, 4)  # of the updates: when the alignment is measured
