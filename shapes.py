@@ -288,7 +288,7 @@ GRID = dict(beta=[200, 1000], lr=[1e-5, 3e-5, 1e-4])
 GRID_SEED = 100  # settings are chosen on a seed that is not reported
 FULL = dict(autoencoder=800, reference=2000, images=16384, pairs=1024, updates=80, prompts=400)
 QUICK = dict(autoencoder=300, reference=600, images=4096, pairs=128, updates=12, prompts=50)
-GUIDANCE = (1.0, 7.5)
+GUIDANCE = (1.0, 3.0, 7.5)
 PAIR_GUIDANCE = 3  # guess: the small model's images are best there
 QUARTERS = (1, 2, 3, 4)  # of the updates: when the alignment is measured
 
@@ -484,7 +484,7 @@ def main(argv=None):
     folders = [os.path.join(homes[0], "reference"), *[os.path.join(homes[0], m, "pipeline") for m in METHODS]]
     out = homes[0] if args.quick else "figures"
     command(evaluate, "grid", "--models", *folders, "--prompts", os.path.join(homes[0], "test-prompts.txt"),
-            "--guidance", GUIDANCE[0], "--rows", 10, "--batch-size", 10, "--out", os.path.join(out, "shapes.png"))
+            "--guidance", GUIDANCE[0], "--rows", 8, "--batch-size", 8, "--out", os.path.join(out, "shapes.png"))
     draw_curves(runs, size["updates"], os.path.join(out, "shapes-curves.png"))
     print("\n" + table(runs))
     if args.quick:
