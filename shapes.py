@@ -201,13 +201,22 @@ def make_dataset(seed, count):
     return np.stack(images), captions
 
 
-def fit(modules, loss_of_batch, count, updates, batch, lr, seed, what):
-    """AdamW with a cosine decay to 0 on random batches of indices below count."""
+def fit(modules, loss_of_batch, count, updates, batch, lr, seed, what, keep):
+    """AdamW with a cosine decay to 0 on random batches of indices below count. Its state is kept in the file `keep`
+    every 100 updates, so that a stopped training continues exactly from there."""
     parameters = [p for m in modules for p in m.train().parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-2)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, updates, pct_start=0.05)
     rng = torch.Generator().manual_seed(seed)
-    bar = tqdm(range(updates), what)
+    start = 0
+    if os.path.exists(keep):
+        state = torch.load(keep, weights_only=True)
+        for part, saved in zip([*modules, optimizer, decay], state["parts"]):
+            part.load_state_dict(saved)
+        rng.set_state(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        start = state["update"]
+    bar = tqdm(range(start, updates), what, initial=start, total=updates)
     for update in bar:
         loss = loss_of_batch(torch.randint(count, (batch,), generator=rng), rng)
         optimizer.zero_grad()
@@ -217,6 +226,11 @@ def fit(modules, loss_of_batch, count, updates, batch, lr, seed, what):
         decay.step()
         if update % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (update + 1) % 100 == 0 or update + 1 == updates:
+            parts = [part.state_dict() for part in (*modules, optimizer, decay)]
+            state = dict(update=update + 1, parts=parts, rng=rng.get_state(), torch_rng=torch.get_rng_state())
+            torch.save(state, keep + ".partial")
+            os.replace(keep + ".partial", keep)
     for m in modules:
         m.eval()
 
@@ -231,6 +245,7 @@ def make_tokenizer(captions):
 def train_reference(folder, seed, size, device):
     """Writes the pipeline folder of the reference model."""
     torch.manual_seed(seed)
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
     count = size["images"]
     images, captions = make_dataset(seed, count)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)  # (count, 3, 32, 32)
@@ -246,7 +261,7 @@ def train_reference(folder, seed, size, device):
         posterior = vae.encode(batch_of(i)).latent_dist
         return F.mse_loss(vae.decode(posterior.sample()).sample, batch_of(i)) * 10 + 1e-4 * posterior.kl().mean() / 64
 
-    fit([vae], vae_loss, count, size["autoencoder"], 32, 3e-3, seed, "autoencoder")
+    fit([vae], vae_loss, count, size["autoencoder"], 32, 3e-3, seed, "autoencoder", folder + "-1.pt")
     with torch.no_grad():
         latents = torch.cat([vae.encode(batch_of(i)).latent_dist.mean for i in torch.arange(count).split(256)])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
@@ -272,10 +287,12 @@ def train_reference(folder, seed, size, device):
         x_t = scheduler.add_noise(latents[i.to(device)], eps.to(device), t.to(device))
         return F.mse_loss(unet(x_t, t.to(device), text_encoder(ids[i.to(device)])[0]).sample, eps.to(device))
 
-    fit([unet, text_encoder], denoising_loss, count, size["reference"], 128, 1e-3, seed, "reference")
+    fit([unet, text_encoder], denoising_loss, count, size["reference"], 128, 1e-3, seed, "reference", folder + "-2.pt")
     StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
                             ).save_pretrained(folder + ".partial")
     os.replace(folder + ".partial", folder)
+    for stage in (1, 2):
+        os.remove(folder + f"-{stage}.pt")
 
 
 # ---- the experiment, by the commands that a user would give
@@ -287,7 +304,7 @@ SETTINGS = {"D-DPO": (200, 3e-5), "DDSPO": (1000, 3e-5), "Rand-positive": (200, 
 GRID = dict(beta=[200, 1000], lr=[1e-5, 3e-5, 1e-4])
 GRID_SEED = 100  # settings are chosen on a seed that is not reported
 FULL = dict(autoencoder=800, reference=2000, images=16384, pairs=1024, updates=80, prompts=400)
-QUICK = dict(autoencoder=300, reference=600, images=4096, pairs=128, updates=12, prompts=50)
+QUICK = dict(autoencoder=200, reference=400, images=3072, pairs=64, updates=8, prompts=50)
 GUIDANCE = (1.0, 3.0, 7.5)
 PAIR_GUIDANCE = 3  # guess: the small model's images are best there
 QUARTERS = (1, 2, 3, 4)  # of the updates: when the alignment is measured

@@ -43,6 +43,10 @@ PRESETS = {
     ("sd15", "ddspo"): dict(beta=16000, lr=5.12e-6, batch_size=2048, updates=100, warmup=100),
     ("sd14", "diffusion-dpo"): dict(beta=8000, lr=1.024e-5, batch_size=2048, updates=100, warmup=100),
     ("sd15", "diffusion-dpo"): dict(beta=8000, lr=1.024e-5, batch_size=2048, updates=100, warmup=100),
+    # ours, by `python shapes.py --grid`
+    ("shapes", "ddspo"): dict(beta=1000, lr=3e-5, batch_size=64, updates=80, warmup=0, pairs="runs/shapes-0/pairs"),
+    ("shapes", "diffusion-dpo"): dict(beta=200, lr=3e-5, batch_size=64, updates=80, warmup=0,
+                                      pairs="runs/shapes-0/pairs"),
 }
 WEIGHT_DECAY = 1e-2  # AdamW (script)
 MAX_GRAD_NORM = 1.0  # guess: the default of the diffusers examples

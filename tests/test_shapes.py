@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import shapes
 
@@ -127,6 +128,29 @@ def test_the_tokenizer_has_a_token_for_each_word():
     for caption, words in (("a red square", 3), ("there is a circle to the left of a triangle", 10)):
         assert len(tokenizer(caption).input_ids) == words + 2
     assert tokenizer("red circle").input_ids != tokenizer("blue circle").input_ids
+
+
+def test_a_training_that_was_stopped_continues_exactly(tmp_path):
+    def train(name, updates_of_each_go):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 1)
+        x = torch.arange(30.0).view(10, 3) / 30
+
+        def loss(i, rng):
+            if loss.left == 0:
+                raise KeyboardInterrupt
+            loss.left -= 1
+            return (net(x[i]) - torch.randn(len(i), 1) - torch.randn(len(i), 1, generator=rng)).square().mean()
+
+        for loss.left in updates_of_each_go:
+            try:
+                shapes.fit([net], loss, 10, 250, 4, 1e-2, 0, name, str(tmp_path / name))
+            except KeyboardInterrupt:
+                torch.manual_seed(1)
+        return net.weight.detach(), torch.rand(1)
+
+    straight, stopped = train("straight", [-1]), train("stopped", [130, 120, -1])
+    assert (straight[0] == stopped[0]).all() and straight[1] == stopped[1]
 
 
 @pytest.mark.slow

@@ -419,6 +419,8 @@ def test_the_short_command_is_the_papers_experiment():
     args = train.parse(["--model", "sd14"])
     assert (args.objective, args.beta, args.batch_size, args.lr, args.updates) == ("ddspo", 16000, 2048, 5.12e-6, 100)
     assert (args.pairs, args.out) == ("pairs/sd14", "runs/sd14-ddspo")
+    args = train.parse(["--model", "shapes"])
+    assert (args.beta, args.lr, args.pairs, args.out) == (1000, 3e-5, "runs/shapes-0/pairs", "runs/shapes-ddspo")
     assert train.parse(["--model", "sd14", "--negatives", "not-paired"]).out == "runs/sd14-not-paired"
     args = train.parse(["--model", "some/folder/", "--objective", "diffusion-dpo", "--lr", "3e-6", "--warmup", "0"])
     assert (args.beta, args.lr, args.warmup, args.out) == (8000, 3e-6, 0, "runs/folder-diffusion-dpo")
