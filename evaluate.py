@@ -51,10 +51,15 @@ def grid(args):
             if column == 0:
                 label = "\n".join(textwrap.wrap(prompts[row], 34, max_lines=5))
                 axes[row, 0].set_ylabel(label, fontsize=7, parse_math=False)
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    figure.savefig(args.out + ".partial", dpi=200, format="png")
-    os.replace(args.out + ".partial", args.out)
-    print(f"wrote {args.out}")
+    save_figure(figure, args.out)
+
+
+def save_figure(figure, path):
+    """Writes a PNG file whole or not at all, and its folder if need be."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path + ".partial", dpi=200, format="png")
+    os.replace(path + ".partial", path)
+    print(f"wrote {path}")
 
 
 def main(argv=None):

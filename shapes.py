@@ -474,10 +474,7 @@ def draw_curves(runs, updates, path):
         axis.plot([updates * q // QUARTERS[-1] for q in (0, *QUARTERS)], shares, marker="o", label=method)
     axis.set(xlabel="updates", ylabel="prompts with everything right")
     axis.legend(fontsize=8)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path + ".partial", dpi=200, format="png")
-    os.replace(path + ".partial", path)
-    print(f"wrote {path}")
+    evaluate.save_figure(figure, path)
 
 
 def main(argv=None):
