@@ -19,6 +19,8 @@ The loss, Eq. 6, is always the same. The methods differ in their targets, and in
     DDSPO, perturbed prompts, Eq. 7     eps_ref(x_t_w, t, c)        eps_ref(x_t_l, t, c_minus)
     DDSPO, trained policies, Eq. 6      eps_w(x_t_w, t, c)          eps_l(x_t_l, t, c)
 
+DSPO, a baseline of another paper (ICLR 2025), puts the same logit into a squared error: `dspo_loss`.
+
 Convention. The paper writes beta ||.||^2. As in the released D-DPO and DDSPO code, to which the paper's beta = 16000
 belongs, ||.||^2 here is the MEAN over all non-batch dimensions and the logit carries beta/2. With D numbers per sample,
 this beta is the sum form's beta_sum = beta / (2 D): for SD-1.x latents, D = 4 * 64 * 64, 16000 is 0.49.
@@ -87,3 +89,22 @@ def ddspo_loss(eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l, eps_ref_l_minus, 
     reference are enough, and the winner's term is a leash, ||pred_w - ref_w||^2, whose gradient starts at exactly 0.
     """
     return preference_loss(eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l, eps_ref_w, eps_ref_l_minus, beta)
+
+
+def dspo_loss(pred_w, pred_l, ref_w, ref_l, target_w, target_l, beta):
+    """DSPO (Direct Score Preference Optimization, ICLR 2025) in the form of its authors' code for SD-1.5:
+
+        || (pred_w - target_w) - beta (1 - sigmoid(u)) (pred_w - ref_w) ||^2,   u the logit of Eq. 6 with the same beta,
+
+    with the gradient also through u. Shapes, result and errors as in `preference_loss`; the targets are the noise, or a
+    winning and a losing policy's predictions. The reference as its own winning policy is a ValueError: then loss and
+    gradient would both be 0 at the start, and nothing would be learned.
+    """
+    if target_w is ref_w:
+        raise ValueError("DSPO with the reference's prediction as target_w has no gradient at the start: give the "
+                         "noise, or the prediction of a trained winning policy.")
+    loss, info = preference_loss(pred_w, pred_l, ref_w, ref_l, target_w, target_l, beta)
+    weight = beta * -torch.expm1(-loss)  # beta (1 - sigmoid(u)), since loss is -log sigmoid(u)
+    pred_w, ref_w, target_w = (x.to(loss.dtype) for x in (pred_w, ref_w, target_w))
+    weight = weight.view(-1, *[1] * (pred_w.ndim - 1))
+    return ((pred_w - target_w) - weight * (pred_w - ref_w)).square().reshape(len(pred_w), -1).mean(1), info

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loss import ddspo_loss, diffusion_dpo_loss, distance_change, preference_loss
+from loss import ddspo_loss, diffusion_dpo_loss, distance_change, dspo_loss, preference_loss
 
 NAMES = ["pred_w", "pred_l", "ref_w", "ref_l", "target_w", "target_l"]
 
@@ -160,3 +160,38 @@ def test_beta_must_be_positive(beta):
 def test_beta_must_have_one_float_a_pair(beta):
     with pytest.raises(ValueError, match=r"float tensor of shape \(5,\)"):
         preference_loss(*six(), beta)
+
+
+# ---- DSPO
+
+
+def test_dspo_is_its_formula_with_the_gradient_also_through_the_sigmoid():
+    pred_w, pred_l, ref_w, ref_l, target_w, target_l = torch.randn(6, 3, 4, 5, 5, dtype=torch.float64)
+    pred_w, pred_l, beta = pred_w.requires_grad_(), pred_l.requires_grad_(), torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    loss, info = dspo_loss(pred_w, pred_l, ref_w, ref_l, target_w, target_l, beta)
+
+    def m(a, b):
+        return (a - b).pow(2).mean((1, 2, 3))
+
+    u = -0.5 * beta * ((m(pred_w, target_w) - m(pred_l, target_l)) - (m(ref_w, target_w) - m(ref_l, target_l)))
+    factor = (beta * (1 - u.sigmoid()))[:, None, None, None]
+    expected = ((pred_w - target_w) - factor * (pred_w - ref_w)).pow(2).mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(info["logit"], u.detach())
+    for ours, theirs in zip(torch.autograd.grad(loss.sum(), [pred_w, pred_l]), torch.autograd.grad(expected.sum(), [pred_w, pred_l])):
+        torch.testing.assert_close(ours, theirs)
+        assert theirs.abs().max() > 1e-3  # pred_l has a gradient through the sigmoid only
+    assert dspo_loss(pred_w, pred_l, ref_w, ref_l, target_w, target_l, 2.0)[0][1] == loss[1]
+
+
+def test_dspo_with_the_reference_as_winning_policy_is_refused():
+    pred_w, pred_l, ref_w, ref_l, target_l = torch.randn(5, 2, 4, 3, 3)
+    with pytest.raises(ValueError, match="no gradient at the start"):
+        dspo_loss(pred_w, pred_l, ref_w, ref_l, ref_w, target_l, 1.0)
+
+
+def test_dspo_of_half_precision_is_computed_in_float32():
+    predictions = torch.randn(6, 2, 4, 8, 8).bfloat16()
+    loss, _ = dspo_loss(*predictions, 3.0)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, dspo_loss(*predictions.float(), 3.0)[0])
