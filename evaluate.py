@@ -6,11 +6,13 @@
 """
 
 import argparse
+import json
 import os
 import sys
 import textwrap
 
 import matplotlib
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,9 +27,10 @@ def generate(model, name, prompts, args):
     """One PIL image a prompt; image i's noise comes from seed + i alone."""
     images = []
     for i in tqdm(range(0, len(prompts), args.batch_size), name):
-        c = model.encode(prompts[i:i + args.batch_size])
-        x_T = torch.stack([models.initial_noise(args.seed + i + k, model.latent_shape) for k in range(len(c))])
-        images += model.sample(c, x_T, args.steps, args.guidance, output_type="pil")
+        part = prompts[i:i + args.batch_size]
+        c = model.encode(part)
+        x_T = torch.stack([models.initial_noise(args.seed + i + k, model.latent_shape) for k in range(len(part))])
+        images += models.sample(model, c, x_T, args.steps, args.guidance, output_type="pil")
     return images
 
 
@@ -40,10 +43,15 @@ def grid(args):
     columns = []
     for name in args.models:
         model = models.load(name, device, torch.float16 if device == "cuda" else torch.float32)
-        columns.append(generate(model, name, prompts, args))
+        columns.append((name, generate(model, name, prompts, args)))
+    draw_grid(prompts, columns, args.out)
+
+
+def draw_grid(prompts, columns, path):
+    """Images side by side: a row a prompt, a column for each (name, images) in `columns`."""
     figure, axes = plt.subplots(len(prompts), len(columns), squeeze=False, layout="constrained",
                                 figsize=(2.5 * len(columns) + 1, 2.5 * len(prompts) + 0.5))
-    for column, (name, images) in enumerate(zip(args.models, columns)):
+    for column, (name, images) in enumerate(columns):
         axes[0, column].set_title("\n".join(textwrap.wrap(name, 34)), fontsize=8, parse_math=False)
         for row, image in enumerate(images):
             axes[row, column].imshow(image)
@@ -51,13 +59,42 @@ def grid(args):
             if column == 0:
                 label = "\n".join(textwrap.wrap(prompts[row], 34, max_lines=5))
                 axes[row, 0].set_ylabel(label, fontsize=7, parse_math=False)
-    save_figure(figure, args.out)
+    save_figure(figure, path)
+
+
+def draw_curves(path):
+    """Draws the curves of a log.jsonl that train.py wrote as curves.png beside it."""
+    if not os.path.isfile(path):
+        sys.exit(f"there is no file {path}: --plot takes the log.jsonl of a run.")
+    with open(path, encoding="utf-8") as file:
+        rows = [row for row in map(json.loads, file) if row["update"] > 0]
+    if not rows:
+        sys.exit(f"{path} has no update in it yet.")
+    panels = [["loss"], ["winner", "loser"], ["accuracy"], ["logit_quantiles"], ["winner_by_t", "loser_by_t"],
+              ["drift"], ["grad_norm"], ["lr"]]
+    panels = [panel for panel in panels if panel[0] in rows[0]]
+    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(14, 6), layout="constrained", squeeze=False)
+    for ax, panel in zip(axes.flat, panels):
+        for name in panel:
+            values = np.array([row[name] for row in rows], float)  # None, where a band had no pair, becomes nan
+            if name.endswith("_by_t"):  # the mean of the last tenth of the run, over the bands of time steps
+                last = np.ma.masked_invalid(values[-max(1, len(rows) // 10):])
+                ax.plot((np.arange(last.shape[1]) + 0.5) / last.shape[1], last.mean(0), ".-", label=name)
+            else:
+                ax.plot([row["update"] for row in rows], values, label=name)
+        ax.set(title=", ".join(panel), xlabel="t / T, end of the run" if name.endswith("_by_t") else "update")
+        if len(panel) > 1 or values.ndim > 1:
+            ax.legend(["5 %", "25 %", "50 %", "75 %", "95 %"] if name == "logit_quantiles" else panel, fontsize=7)
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    save_figure(figure, os.path.join(os.path.dirname(path), "curves.png"))
 
 
 def save_figure(figure, path):
     """Writes a PNG file whole or not at all, and its folder if need be."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path + ".partial", dpi=200, format="png")
+    plt.close(figure)
     os.replace(path + ".partial", path)
     print(f"wrote {path}")
 

@@ -360,7 +360,7 @@ def score(path, folder, prompts, guidance, device, batch=100):
         for i in tqdm(range(0, len(prompts), batch), f"score {folder}, guidance {guidance:g}", leave=False):
             part = prompts[i:i + batch]
             x_T = torch.stack([models.initial_noise(i + k, model.latent_shape) for k in range(len(part))])
-            images = model.sample(model.encode([p["caption"] for p in part]), x_T, 25, guidance, "pil")
+            images = models.sample(model, model.encode([p["caption"] for p in part]), x_T, 25, guidance, "pil")
             images = np.stack([np.array(image) for image in images])
             verdicts += [verdict(find_objects(image), p) for image, p in zip(images, part)]
             features.append(features_of(model, images))

@@ -6,7 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import tiny_sd
+import tiny_models
 import torch
 
 import build_pairs
@@ -18,8 +18,17 @@ torch.set_num_threads(1)
 def sd(tmp_path_factory):
     """The path of a Stable Diffusion 1.x folder with small random weights."""
     folder = str(tmp_path_factory.mktemp("models") / "tiny-sd")
-    tiny_sd.make(folder)
+    tiny_models.make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory):
+    """{family: path} of a small random-weight folder of every family in tiny_models."""
+    folders = {family: str(tmp_path_factory.mktemp("families") / family) for family in tiny_models.FAMILIES}
+    for family, folder in folders.items():
+        tiny_models.make(folder, family)
+    return folders
 
 
 @pytest.fixture(scope="session")

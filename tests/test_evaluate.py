@@ -21,7 +21,7 @@ def test_image_i_depends_on_its_prompt_and_seed_plus_i_only(sd):
     alone, = evaluate.generate(model, "tiny", prompts[1:2], arguments(seed=4, batch_size=1))
     assert abs(np.array(alone, dtype=float) - images[1]).max() <= 2  # of 255: another batch rounds differently
     x_T = models.initial_noise(5, model.latent_shape)[None]
-    direct, = model.sample(model.encode(prompts[2:]), x_T, 2, 7.5, output_type="pil")
+    direct, = models.sample(model, model.encode(prompts[2:]), x_T, 2, 7.5, output_type="pil")
     assert abs(np.array(direct, dtype=float) - images[2]).max() <= 2
     assert abs(images[0] - images[1]).mean() > 2
 

@@ -1,39 +1,136 @@
-"""A Stable Diffusion 1.x folder of the real classes with small random weights, for tests and for trying the pipeline:
+"""Diffusers pipeline folders of the real classes with small random weights, for tests and for trying the scripts:
 
-    python tests/tiny_sd.py tiny-sd        (a second, 2 MB; its images are noise, of 64 x 64 pixels)
+    python tests/tiny_models.py FAMILY FOLDER        (a second, 2 MB; its images are noise, of 64 x 64 pixels)
+
+FAMILY is sd (Stable Diffusion 1.x), sd2 (2.x: predicts v), sdxl, sana or sd3 (these two: flow matching). The schedulers
+have the settings of the published models. SANA's pipeline asks for its size: height=64, width=64,
+use_resolution_binning=False.
 """
 
+import string
 import sys
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import transformers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+CLIP, CLIP_PROJECTED = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+SD_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 
 
-def make(folder, seed=0):
-    """Writes the folder. The tokenizer knows single characters only: different prompts are encoded differently."""
-    torch.manual_seed(seed)
+def clip(model=CLIP, width=32, pad="<|endoftext|>", **config):
+    """A tokenizer that knows single characters only (different prompts are encoded differently), and its encoder."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary = [*letters, *[x + "</w>" for x in letters], "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(vocabulary)}, [], model_max_length=77)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=77, bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1))
-    unet = UNet2DConditionModel(
+    tokenizer = transformers.CLIPTokenizer({token: i for i, token in enumerate(vocabulary)}, [], pad_token=pad,
+                                           model_max_length=77)
+    return tokenizer, model(transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=77, bos_token_id=len(vocabulary) - 2,
+        eos_token_id=len(vocabulary) - 1, **config))
+
+
+def unet(**changes):
+    return diffusers.UNet2DConditionModel(**{**dict(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
         cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4, layers_per_block=1,
-                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
-                              set_alpha_to_one=False, steps_offset=1)  # SD-1.4's own settings
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-                            ).save_pretrained(folder)
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")), **changes})
+
+
+def vae(latent_channels=4, **config):
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=latent_channels, layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, **config)
+
+
+def sd():
+    tokenizer, text_encoder = clip()
+    scheduler = diffusers.PNDMScheduler(**SD_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
+    return diffusers.StableDiffusionPipeline(
+        unet=unet(), vae=vae(), text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def sd2():
+    tokenizer, text_encoder = clip(pad="!", hidden_act="gelu")
+    scheduler = diffusers.DDIMScheduler(**SD_SCHEDULE, prediction_type="v_prediction", clip_sample=False,
+                                        set_alpha_to_one=False)
+    return diffusers.StableDiffusionPipeline(
+        unet=unet(attention_head_dim=[2, 4], use_linear_projection=True), vae=vae(), text_encoder=text_encoder,
+        tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+
+
+def sdxl():
+    tokenizer, text_encoder = clip(projection_dim=32)
+    tokenizer_2, text_encoder_2 = clip(CLIP_PROJECTED, 48, "!", hidden_act="gelu", projection_dim=48)
+    network = unet(
+        attention_head_dim=[2, 4], use_linear_projection=True, transformer_layers_per_block=[1, 2],
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32 + 48, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 6 * 8)
+    scheduler = diffusers.EulerDiscreteScheduler(**SD_SCHEDULE, timestep_spacing="leading")
+    return diffusers.StableDiffusionXLPipeline(
+        unet=network, vae=vae(scaling_factor=0.13025, force_upcast=True), text_encoder=text_encoder,
+        tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, scheduler=scheduler,
+        force_zeros_for_empty_prompt=True)
+
+
+def sana():
+    # bytes, and one token for the space; the default instruction before the prompt is 1,058 tokens long
+    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *[f"<0x{i:02X}>" for i in range(256)], "▁"]
+    tokenizer = transformers.GemmaTokenizer({token: i for i, token in enumerate(vocabulary)}, add_bos_token=True)
+    text_encoder = transformers.Gemma2Model(transformers.Gemma2Config(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, initializer_range=0.2))
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=32,
+        sample_size=8)
+    half = dict(block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"), block_out_channels=(8, 8, 8, 8),
+                layers_per_block=(1, 1, 1, 1), qkv_multiscales=((), (), (), (5,)))
+    autoencoder = diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, **{f"encoder_{k}": v for k, v in half.items()},
+        **{f"decoder_{k}": v for k, v in half.items()}, downsample_block_type="conv",
+        upsample_block_type="interpolate", scaling_factor=0.41407)
+    scheduler = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction",
+                                                      flow_shift=3.0)
+    return diffusers.SanaPipeline(tokenizer, text_encoder, autoencoder, transformer, scheduler)
+
+
+def sd3():
+    tokenizer, text_encoder = clip(CLIP_PROJECTED, projection_dim=32)
+    tokenizer_2, text_encoder_2 = clip(CLIP_PROJECTED, 48, "!", hidden_act="gelu", projection_dim=48)
+    letters = "▁" + string.digits + string.ascii_letters + string.punctuation
+    scores = [(x, 0.0) for x in ("<pad>", "</s>", "<unk>")] + [(x, -1.0) for x in letters]
+    tokenizer_3 = transformers.T5Tokenizer(scores, model_max_length=512)
+    text_encoder_3 = transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=len(tokenizer_3), d_model=96, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu"))
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=96, caption_projection_dim=16, pooled_projection_dim=32 + 48, pos_embed_max_size=12)
+    for block in transformer.transformer_blocks:  # without this, a few letters among 333 tokens change little
+        block.attn.add_v_proj.weight.data *= 10
+    autoencoder = vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer, scheduler, autoencoder, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3,
+        tokenizer_3)
+
+
+FAMILIES = dict(sd=sd, sd2=sd2, sdxl=sdxl, sana=sana, sd3=sd3)
+
+
+def make(folder, family="sd", seed=0):
+    """Writes the folder; the same bytes for the same family and seed."""
+    torch.manual_seed(seed)
+    FAMILIES[family]().save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 3 or sys.argv[1] not in FAMILIES:
         sys.exit(__doc__)
-    make(sys.argv[1])
-    print(f"wrote {sys.argv[1]}")
+    make(sys.argv[2], sys.argv[1])
+    print(f"wrote {sys.argv[2]}")
