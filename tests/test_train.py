@@ -1,5 +1,6 @@
 """train.py: the step against the equations written out, and one result whatever happens on the way."""
 
+import argparse
 import copy
 import json
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_folder
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import build_pairs
@@ -27,7 +28,9 @@ FLAGS = ["--batch-size", "4", "--warmup", "2", "--lr", "1e-4", "--beta", "500", 
 
 def run(sd, pairs, out, *flags, objective="ddspo"):
     train.main(["--model", sd, "--pairs", pairs, "--out", str(out), "--objective", objective, *FLAGS, *map(str, flags)])
-    return load_file(os.path.join(out, "pipeline", "unet", "diffusion_pytorch_model.safetensors"))
+    adapter = os.path.join(out, "lora", "pytorch_lora_weights.safetensors")
+    return load_file(adapter if os.path.exists(adapter) else
+                     os.path.join(out, "pipeline", "unet", "diffusion_pytorch_model.safetensors"))
 
 
 def same(a, b, atol=0.0, outliers=0):
@@ -37,7 +40,9 @@ def same(a, b, atol=0.0, outliers=0):
 
 
 def read_log(out):
-    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    """The log's rows without what differs from run to run, and without the row of the noise floor."""
+    rows = [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+    return [{k: v for k, v in row.items() if k not in ("pairs_per_second", "memory_gb")} for row in rows if row["update"]]
 
 
 @pytest.fixture(scope="module")
@@ -50,49 +55,83 @@ def straight(sd, pairs, tmp_path_factory):
 # ---- the step
 
 
+def other_network(net, seed):
+    """A slightly different one."""
+    torch.manual_seed(seed)
+    net = copy.deepcopy(net)
+    for p in net.parameters():
+        p.data += 0.05 * p.data.std() * torch.randn_like(p) if p.numel() > 1 else 0
+    return net
+
+
 @pytest.fixture(scope="module")
 def batch(sd):
     """A model, a slightly different student, and two pairs with all that the step needs."""
     model = models.load(sd)
-    torch.manual_seed(0)
-    net = copy.deepcopy(model.net)
-    for p in net.parameters():
-        p.data += 0.05 * p.data.std() * torch.randn_like(p) if p.numel() > 1 else 0
+    net = other_network(model.net, 0)
     x_0_w, x_0_l, eps = torch.randn(3, 2, 4, 8, 8)
     c, c_minus = model.encode(["a red fox", "a blue cup"]), model.encode(["a fox", "a cup"])
-    return model, net, model.net, x_0_w, x_0_l, c, c_minus, torch.tensor([100, 800]), eps
+    return model, dict(theta=net, ref=model.net), c, c_minus, x_0_w, x_0_l, torch.tensor([100, 800]), eps
 
 
-@pytest.mark.parametrize("objective", ["ddspo", "diffusion-dpo"])
+@pytest.mark.parametrize("objective", ["ddspo", "diffusion-dpo", "policies", "dspo", "dspo policies"])
 def test_the_step_is_the_equation_written_out(batch, objective):
-    model, net, ref, x_0_w, x_0_l, c, c_minus, t, eps = batch
-    loss, info = train.step_loss(*batch, objective, 300.0)
+    model, policies, c, c_minus, x_0_w, x_0_l, t, eps = batch
+    if "policies" in objective:
+        policies = policies | {name: other_network(policies["ref"], seed) for seed, name in enumerate(("winner", "loser"), 1)}
+    kind = objective.split()[0].replace("policies", "ddspo")
+    beta = 300.0 if kind != "dspo" else 30.0
+    loss, info = train.step_loss(model, policies, *batch[2:], kind, beta)
     for i in range(2):
         abar = model.pipe.scheduler.alphas_cumprod[t[i]]
         x_t_w, x_t_l = (abar.sqrt() * x[i:i + 1] + (1 - abar).sqrt() * eps[i:i + 1] for x in (x_0_w, x_0_l))
 
-        def prediction(network, x_t, prompt, i=i):
+        def prediction(policy, x_t, prompt, i=i):
             with torch.no_grad():
-                return network(x_t, t[i], prompt[i:i + 1]).sample
+                return policies[policy](x_t, t[i], prompt["prompt_embeds"][i:i + 1]).sample
 
         def d(a, b):
             return ((a - b) ** 2).mean().item()
 
-        theta_w, theta_l = prediction(net, x_t_w, c), prediction(net, x_t_l, c)
-        ref_w, ref_l = prediction(ref, x_t_w, c), prediction(ref, x_t_l, c)
+        theta_w, theta_l = prediction("theta", x_t_w, c), prediction("theta", x_t_l, c)
+        ref_w, ref_l = prediction("ref", x_t_w, c), prediction("ref", x_t_l, c)
         target_w, target_l = eps[i:i + 1], eps[i:i + 1]
         if objective == "ddspo":
-            target_w, target_l = ref_w, prediction(ref, x_t_l, c_minus)
+            target_w, target_l = ref_w, prediction("ref", x_t_l, c_minus)
+        elif "policies" in objective:
+            target_w, target_l = prediction("winner", x_t_w, c), prediction("loser", x_t_l, c)
         winner = d(target_w, theta_w) - d(target_w, ref_w)
         loser = d(target_l, theta_l) - d(target_l, ref_l)
-        logit = -150 * (winner - loser)
-        assert loss[i].item() == pytest.approx(math.log1p(math.exp(-logit)), rel=1e-4)
+        logit = -beta / 2 * (winner - loser)
+        expected = math.log1p(math.exp(-logit))
+        if kind == "dspo":
+            weight = beta * (1 - 1 / (1 + math.exp(-logit)))
+            expected = ((theta_w - target_w - weight * (theta_w - ref_w)) ** 2).mean().item()
+        assert loss[i].item() == pytest.approx(expected, rel=1e-4)
         assert info["winner"][i].item() == pytest.approx(winner, rel=1e-3, abs=1e-7)
         assert info["loser"][i].item() == pytest.approx(loser, rel=1e-3, abs=1e-7)
         assert info["accuracy"][i].item() == (logit > 0)
         assert info["drift"][i].item() == pytest.approx((d(theta_w, ref_w) + d(theta_l, ref_l)) / 2, rel=1e-4)
     assert set(info) == {"loss", "logit", "winner", "loser", "accuracy", "drift"}
     assert loss.requires_grad and not any(x.requires_grad for x in info.values())
+
+
+@pytest.mark.parametrize("side", ["w", "l"])
+def test_sft_is_the_diffusion_loss_on_one_side(batch, side):
+    model, policies, c, _, x_0_w, x_0_l, t, eps = batch
+    loss, info = train.step_loss(*batch, "sft", None, side)
+    scheduler = DDPMScheduler.from_config(model.pipe.scheduler.config)
+    x_t = scheduler.add_noise(x_0_w if side == "w" else x_0_l, eps, t)
+    expected = (policies["theta"](x_t, t, c["prompt_embeds"]).sample - eps).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    assert loss.requires_grad and set(info) == {"loss"}
+
+
+def test_the_weight_of_a_time_step_multiplies_beta(batch, monkeypatch):
+    plain, four_times = (train.step_loss(*batch, "ddspo", beta)[1]["logit"] for beta in (300.0, 1200.0))
+    monkeypatch.setattr(batch[0], "weight", lambda t: torch.tensor([4.0, 1.0]))
+    logit = train.step_loss(*batch, "ddspo", 300.0)[1]["logit"]
+    torch.testing.assert_close(logit, torch.stack([four_times[0], plain[1]]))
 
 
 @pytest.mark.parametrize("objective, passes", [("ddspo", 3), ("diffusion-dpo", 2)])
@@ -102,9 +141,10 @@ def test_the_reference_runs_three_times_a_pair_and_without_gradients(batch, obje
     def count(module, inputs):
         seen.append((len(inputs[0]), torch.is_grad_enabled()))
 
-    ref = copy.deepcopy(batch[2])
+    model, policies, *rest = batch
+    ref = copy.deepcopy(policies["ref"])
     ref.register_forward_pre_hook(count)
-    train.step_loss(*batch[:2], ref, *batch[3:], objective, 300.0)
+    train.step_loss(model, policies | dict(ref=ref), *rest, objective, 300.0)
     assert sum(n for n, _ in seen) == 2 * passes and not any(grad for _, grad in seen)
 
 
@@ -169,8 +209,8 @@ def test_one_update_is_adamw_on_the_mean_loss_of_its_pairs(sd, pairs, tmp_path):
         c, c_minus, x_0_w, x_0_l, t, eps = train.example(store, model, 0, epoch, pair)
         row = store.rows[pair]
         assert (c, c_minus) == (row["c"], row["c_minus"]) and (x_0_l == store[pair][2]).all()
-        losses.append(train.step_loss(model, net, model.net, x_0_w[None], x_0_l[None], model.encode([c]),
-                                      model.encode([c_minus]), torch.tensor([t]), eps[None], "ddspo", 500.0)[0])
+        losses.append(train.step_loss(model, dict(theta=net, ref=model.net), model.encode([c]), model.encode([c_minus]),
+                                      x_0_w[None], x_0_l[None], torch.tensor([t]), eps[None], "ddspo", 500.0)[0])
     torch.cat(losses).mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
@@ -179,6 +219,91 @@ def test_one_update_is_adamw_on_the_mean_loss_of_its_pairs(sd, pairs, tmp_path):
     assert not same(weights, model.net.state_dict(), atol=2e-5, outliers=100_000)
     row, = read_log(tmp_path)
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and row["lr"] == 0.5e-4 and row["update"] == 1
+
+
+# ---- precision
+
+
+def test_bfloat16_biases_every_logit_and_float16_does_not(batch, sd):
+    model, cpu, beta = models.load(sd), torch.device("cpu"), 16000.0  # the paper's
+    torch.manual_seed(0)
+    (x_0_w, x_0_l, eps), t = torch.randn(3, 16, 4, 8, 8), torch.randint(0, 1000, (16,))
+    c, c_minus = (model.encode([f"a {x} fox {i}" for i in range(16)]) for x in ("red", "dry"))
+    net = copy.deepcopy(model.net)  # as after a first update
+    for p in net.parameters():
+        p.data += 2e-4 * p.data.std() * torch.randn_like(p) if p.numel() > 1 else 0
+    winner, floor = {}, {}
+    for name in ("fp32", "fp16", "bf16"):
+        with train.precision(cpu, name), torch.no_grad():
+            _, info = train.step_loss(model, dict(theta=net, ref=model.net), c, c_minus, x_0_w, x_0_l, t, eps, "ddspo", beta)
+        winner[name] = -beta / 2 * info["winner"].mean().item()  # the winner's part of the logit
+        args = argparse.Namespace(precision=name, beta=beta)
+        floor[name] = train.noise_floor(args, model, model.net, (c, None, x_0_w, None, t, eps), cpu)
+    bias = {name: winner[name] - winner["fp32"] for name in ("fp16", "bf16")}
+    assert bias["bf16"] < -0.1 and abs(bias["fp16"]) < 0.01  # measured: -0.18 and -0.004
+    assert floor["fp32"] == 0 and floor["fp16"] < 0.05 < floor["bf16"]  # what a run says at its start
+    assert 0.5 < floor["bf16"] / -bias["bf16"] < 3
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_frozen_weights_kept_in_half_precision_change_nothing_under_autocast(rank, sd):
+    model, cpu = models.load(sd), torch.device("cpu")
+    policies, networks = train.make_policies(train.parse(["--model", sd, "--lora-rank", rank]), model)
+    c, x, t = model.encode(["a red fox"]), torch.randn(1, 4, 8, 8), torch.tensor([500])
+    outputs = []
+    for _ in range(2):
+        with train.precision(cpu, "fp16"), torch.no_grad():
+            outputs += [model.predict(policies[name], x, t, c) for name in ("theta", "ref")]
+        for network in networks:
+            train.halve(network, torch.float16)
+    assert outputs[0].dtype == torch.float16 and all((y == outputs[0]).all() for y in outputs)
+    dtypes = {p.dtype for network in networks for p in network.parameters() if not p.requires_grad}
+    assert dtypes == {torch.float16, torch.float32}  # norms stay
+    assert {p.dtype for p in model.net.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_an_overflow_is_done_again_with_a_smaller_scale_and_is_no_update(sd, pairs, tmp_path, monkeypatch, capsys):
+    expected = run(sd, pairs, tmp_path / "a", "--updates", 3, "--precision", "fp16")
+    log = read_log(tmp_path / "a")
+    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**30)
+    weights = run(sd, pairs, tmp_path / "b", "--updates", 3, "--precision", "fp16")
+    skipped = read_log(tmp_path / "b")
+    assert log[0]["skipped"] == 0 and log[0]["loss_scale"] == 2.0**12
+    assert skipped[0]["skipped"] >= 5 and skipped[0]["loss_scale"] == 2.0**30 / 2 ** skipped[0]["skipped"]
+    assert "update 1 overflowed and is done again" in capsys.readouterr().err
+    assert [row["update"] for row in skipped] == [1, 2, 3]
+    assert all(a[k] == b[k] for a, b in zip(log[:1], skipped) for k in ("pairs_by_t", "lr", "loss", "accuracy"))
+    assert [row["pairs_by_t"] for row in skipped] == [row["pairs_by_t"] for row in log]
+    assert same(weights, expected, atol=5e-5, outliers=20_000)  # rounding is another at another scale
+    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**12)  # a stop keeps the scale and the count
+    run(sd, pairs, tmp_path / "b", "--updates", 4, "--precision", "fp16")
+    assert [read_log(tmp_path / "b")[3][k] for k in ("skipped", "loss_scale")] == [skipped[2][k] for k in ("skipped", "loss_scale")]
+
+
+def test_the_scale_grows_again(sd, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "GROW_AFTER", 2)
+    run(sd, pairs, tmp_path, "--updates", 4, "--precision", "fp16")
+    assert [row["loss_scale"] for row in read_log(tmp_path)] == [2.0**12, 2.0**13, 2.0**13, 2.0**14]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_checkpointing_changes_no_weight(rank, sd, pairs, straight, tmp_path):
+    expected = run(sd, pairs, tmp_path / "a", "--updates", 3, "--lora-rank", rank)
+    assert same(run(sd, pairs, tmp_path / "b", "--updates", 3, "--lora-rank", rank, "--checkpointing"), expected)
+
+
+@pytest.mark.slow
+def test_compile_gives_the_same_gradient_or_stops(sd, pairs, tmp_path, monkeypatch):
+    """torch 2.13's CPU compiler loses the gradient of a U-Net's downsampling; aot_eager, its first half, does not."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile_(net, backend="aot_eager"))
+    expected = run(sd, pairs, tmp_path / "a", "--updates", 2)
+    assert same(run(sd, pairs, tmp_path / "b", "--updates", 2, "--compile"), expected, atol=1e-6, outliers=50)
+    real = train.gradient_norms
+    calls = []
+    monkeypatch.setattr(train, "gradient_norms", lambda *a: real(*a) * (1.3 if calls.append(1) or len(calls) == 2 else 1))
+    with pytest.raises(SystemExit, match="--compile gives another gradient for .* of 208 parameters"):
+        run(sd, pairs, tmp_path / "c", "--updates", 2, "--compile")
 
 
 # ---- the log
@@ -272,13 +397,17 @@ def command(sd, pairs, out, *flags, processes=1):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_accumulation(sd, pairs, straight, tmp_path):
-    subprocess.run(command(sd, pairs, tmp_path, "--updates", "6", processes=2), capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
-    weights = load_file(tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert same(weights, straight[1], atol=1e-6)  # the sums are taken in another order
-    for one, two in zip(read_log(straight[0]), read_log(tmp_path)):
+@pytest.mark.parametrize("flags", [[], ["--fsdp"], ["--lora-rank", "2"]])
+def test_two_processes_are_one_also_if_their_number_changes_at_a_stop(flags, sd, pairs, tmp_path):
+    expected = run(sd, pairs, tmp_path / "one", "--updates", 6, *(f for f in flags if f != "--fsdp"))
+    for updates in ("2", "4"):  # two processes, then again two
+        subprocess.run(command(sd, pairs, tmp_path / "two", "--updates", updates, *flags, processes=2), capture_output=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+    weights = run(sd, pairs, tmp_path / "two", "--updates", 6, *(f for f in flags if f != "--fsdp"))  # and then one
+    assert same(weights, expected, atol=1e-6, outliers=20)  # the sums are taken in another order
+    for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         assert one["pairs_by_t"] == two["pairs_by_t"] and one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["logit_quantiles"] == pytest.approx(two["logit_quantiles"], rel=1e-2, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -336,9 +465,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(sd, pairs, 
 
 @pytest.mark.parametrize("logit", [0.1, -0.1, math.nan])
 def test_a_student_that_is_not_the_reference_is_noticed_at_the_start(logit):
-    train.check_start(torch.tensor([0.0, 0.04]))
+    train.check_start(dict(logit=torch.tensor([0.0, 0.04])))
     with pytest.raises(SystemExit, match="before the first update"):
-        train.check_start(torch.tensor([0.0, logit]))
+        train.check_start(dict(logit=torch.tensor([0.0, logit])))
 
 
 def test_the_start_is_checked_in_a_run(sd, pairs, tmp_path, monkeypatch):
@@ -379,7 +508,7 @@ def test_a_run_is_not_continued_with_other_pairs(sd, pairs, straight, tmp_path):
     table = tmp_path / "store" / "pairs.jsonl"
     for changed in ("checksums", "table"):
         if changed == "checksums":
-            change = dict(checksums=["other"])
+            change = dict(checksums=["other"] * 4)
         else:
             table.write_text(table.read_text().replace("fox", "wolf"))
             change = dict(table=build_pairs.checksum(table))
@@ -392,12 +521,12 @@ def test_latents_of_another_size_are_refused(sd, pairs, tmp_path):
     shutil.copytree(pairs, tmp_path / "store")
     meta = json.loads((tmp_path / "store" / "meta.json").read_text())
     (tmp_path / "store" / "meta.json").write_text(json.dumps(meta | dict(latents=[4, 64, 64])))
-    with pytest.raises(SystemExit, match=r"holds latents \[4, 64, 64\], but .* needs \[4, 8, 8\]"):
+    with pytest.raises(SystemExit, match=r"holds latents \[4, 64, 64\] of scale .*, but .* needs \[4, 8, 8\]"):
         run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 1)
 
 
 def test_negatives_need_ddspo_and_a_second_prompt(sd, prompts, tmp_path):
-    with pytest.raises(SystemExit, match="--negatives not-paired is a variant of DDSPO"):
+    with pytest.raises(SystemExit, match="--negatives not-paired is a variant of Eq. 7"):
         train.parse(["--model", "sd14", "--objective", "diffusion-dpo", "--negatives", "not-paired"])
     (tmp_path / "one.jsonl").write_text(open(prompts).readline())
     build_pairs.main(["--model", sd, "--prompts", str(tmp_path / "one.jsonl"), "--out", str(tmp_path / "store"), "--steps", "1"])
@@ -418,9 +547,104 @@ def test_flags_out_of_range_are_named(flags, message):
 def test_the_short_command_is_the_papers_experiment():
     args = train.parse(["--model", "sd14"])
     assert (args.objective, args.beta, args.batch_size, args.lr, args.updates) == ("ddspo", 16000, 2048, 5.12e-6, 100)
-    assert (args.pairs, args.out) == ("pairs/sd14", "runs/sd14-ddspo")
+    assert (args.pairs, args.out, args.micro_batch, args.lora_rank) == ("pairs/sd14", "runs/sd14-ddspo", 2, 0)
     args = train.parse(["--model", "shapes"])
-    assert (args.beta, args.lr, args.pairs, args.out) == (1000, 3e-5, "runs/shapes-0/pairs", "runs/shapes-ddspo")
+    assert (args.beta, args.lr, args.batch_size, args.pairs, args.out) == (1000, 3e-5, 64, "runs/shapes-0/pairs", "runs/shapes-ddspo")
     assert train.parse(["--model", "sd14", "--negatives", "not-paired"]).out == "runs/sd14-not-paired"
     args = train.parse(["--model", "some/folder/", "--objective", "diffusion-dpo", "--lr", "3e-6", "--warmup", "0"])
     assert (args.beta, args.lr, args.warmup, args.out) == (8000, 3e-6, 0, "runs/folder-diffusion-dpo")
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("sd15 --task aesthetic", dict(beta=16000, lr=5.12e-6, updates=100, warmup=100, pairs="pairs/sd15-aesthetic", out="runs/sd15-aesthetic-ddspo")),
+    ("sdxl", dict(beta=16000, updates=500, warmup=100, micro_batch=1, lora_rank=0)),
+    ("sdxl --task aesthetic --objective diffusion-dpo", dict(beta=5000, lr=2.048e-5, updates=2000, warmup=200)),
+    ("sana", dict(beta=2000, lr=8.192e-5, updates=500, warmup=0, lora_rank=128, micro_batch=3)),
+    ("sd3 --lora-rank 0", dict(beta=2000, updates=100, lora_rank=0, preset="sd3 alignment ddspo")),
+    ("sana --objective diffusion-dpo", dict(beta=8000, lora_rank=128, preset="sd14 alignment diffusion-dpo")),  # no row: the first
+    ("sd15", dict(preset="sd15 aesthetic ddspo")),  # no row for the task: the model's other
+    ("sd14 --objective sft --side l --lora-rank 4", dict(beta=None, lr=1e-4, updates=300, out="runs/sd14-sft-l", lora_rank=4)),
+    ("sd14 --winner a --loser b", dict(beta=8000, preset="sd14 alignment policies", out="runs/sd14-ddspo-policies")),
+    ("sd15 --objective dspo", dict(beta=0.001, lr=2.048e-5)),
+])
+def test_each_experiment_has_its_row(flags, expected):
+    args = train.parse(["--model", *flags.split()])
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_the_law_of_the_learning_rate_holds_where_it_is_said_to():
+    rows = {key: row for key, row in train.EXPERIMENTS.items() if key[0] in ("sd14", "sd15", "sdxl") and key[2] == "ddspo"}
+    assert len(rows) == 5 and all(row["lr"] * row["beta"] == pytest.approx(0.08192) for row in rows.values())
+
+
+# ---- what the user sees
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_previews_show_the_reference_beside_the_student(rank, sd, pairs, tmp_path, monkeypatch):
+    drawn, straight = {}, run(sd, pairs, tmp_path / "without", "--updates", 4, "--lora-rank", rank)
+    monkeypatch.setattr(train.evaluate, "draw_grid", lambda prompts, columns, path: drawn.update({path: (prompts, columns)}))
+    assert same(run(sd, pairs, tmp_path / "run", "--updates", 4, "--preview", 2, "--lora-rank", rank), straight)  # it changes nothing
+    (prompts, two), (_, four) = (drawn[str(tmp_path / "run" / f"preview-{n:06d}.png")] for n in (2, 4))
+    assert len(drawn) == 2 and prompts == [f"a {x} on a hill" for x in ("red fox", "blue cup", "old boat", "green hat")]
+    (ref, before), (theta, after) = two
+    assert (ref, theta) == ("ref", "theta") and len(before) == len(after) == 4
+    model = models.load(sd)
+    x_T = torch.stack([models.initial_noise(i, model.latent_shape) for i in range(4)])
+    expected = models.sample(model, model.encode(prompts), x_T, 25, 7.5, "pil")
+    later = models.sample(models.load(str(tmp_path / "run" / ("lora" if rank else "pipeline"))), model.encode(prompts), x_T, 25, 7.5, "pil")
+    pixels = [[np.asarray(image) for image in images] for images in (before, four[0][1], expected, four[1][1], later, after)]
+    assert all((a == b).all() and (a == c).all() for a, b, c in zip(*pixels[:3]))  # the reference stays
+    assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(pixels[3], pixels[4]))  # theta is the result
+    assert any((a != b).any() for a, b in zip(pixels[3], pixels[0]))
+
+
+def test_tensorboard_holds_the_numbers_of_the_log(sd, pairs, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for updates in (2, 4):
+        run(sd, pairs, tmp_path, "--updates", updates, "--tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    log = read_log(tmp_path)
+    for name in ("loss", "winner", "loser", "accuracy", "grad_norm", "lr", "drift"):
+        values = [(event.step, event.value) for event in events.Scalars(name)]
+        assert values == [(row["update"], pytest.approx(row[name], rel=1e-6)) for row in log]
+
+
+def test_quantiles_of_the_logit_are_over_all_pairs_of_the_update(sd, pairs, tmp_path, monkeypatch):
+    seen, real = [], train.step_loss
+
+    def step_loss(*arguments):
+        loss, info = real(*arguments)
+        seen.append(info["logit"])
+        return loss, info
+
+    monkeypatch.setattr(train, "step_loss", step_loss)
+    run(sd, pairs, tmp_path, "--updates", 2, "--batch-size", 7, "--micro-batch", 3)
+    row = read_log(tmp_path)[1]
+    logits = torch.cat(seen)[7:]
+    assert row["logit_quantiles"] == pytest.approx(logits.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist(), rel=1e-4)
+    assert row["logit"] == pytest.approx(logits.mean().item(), rel=1e-5)
+
+
+def test_the_log_says_how_fast_how_large_and_how_exact(straight):
+    rows = [json.loads(line) for line in open(straight[0] / "log.jsonl")]
+    assert rows[0] == dict(update=0, noise_floor=0.0, precision="fp32")
+    assert all(1 < row["pairs_per_second"] < 10000 and 0.1 < row["memory_gb"] < 10 and row["skipped"] == 0 for row in rows[1:])
+
+
+def test_curves_are_drawn_at_the_end_and_again_from_a_log(straight, tmp_path, monkeypatch):
+    assert (straight[0] / "curves.png").stat().st_size > 20_000
+    shutil.copy(straight[0] / "log.jsonl", tmp_path)
+    lines = {}
+    monkeypatch.setattr(train.evaluate, "save_figure", lambda figure, path: lines.update({ax.get_title(): ax.lines for ax in figure.axes}))
+    train.main(["--plot", str(tmp_path / "log.jsonl")])
+    log = read_log(straight[0])
+    drawn = {title: [list(line.get_ydata()) for line in ls] for title, ls in lines.items()}
+    assert drawn["loss"] == [[row["loss"] for row in log]]
+    assert drawn["winner, loser"] == [[row[name] for row in log] for name in ("winner", "loser")]
+    assert np.allclose(np.array(drawn["logit_quantiles"]).T, [row["logit_quantiles"] for row in log])
+    last = [value is not None for value in log[-1]["winner_by_t"]]
+    assert list(np.isfinite(np.ma.filled(np.ma.array(drawn["winner_by_t, loser_by_t"][0]).astype(float), np.nan))) == last
+    assert {"accuracy", "drift", "grad_norm", "lr"} <= drawn.keys()

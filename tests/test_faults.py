@@ -1,0 +1,351 @@
+"""train.py when something goes wrong: bad pairs, bad flags, a full disk, a signal, a kill, a lost process. Each ends in one
+clear sentence or in the same result as an undisturbed run, and nothing that was written is lost."""
+
+import copy
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import read_folder
+from safetensors.torch import load_file, save_file
+from test_train import FLAGS, command, read_log, run, same, straight  # noqa: F401  (straight is a fixture)
+
+import build_pairs
+import models
+import perturb
+import train
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def error_of(function):
+    """The sentence that a call ends with."""
+    with pytest.raises(SystemExit) as caught:
+        function()
+    return str(caught.value)
+
+
+# ---- bad pairs
+
+
+def rewrite(store, change_rows=None, change_shard=None):
+    """Changes a store as someone would who makes one himself: with checksums that fit."""
+    meta = json.loads((store / "meta.json").read_text())
+    if change_rows:
+        rows = [json.loads(line) for line in (store / "pairs.jsonl").read_text().splitlines()]
+        (store / "pairs.jsonl").write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in change_rows(rows)))
+        meta["table"] = build_pairs.checksum(store / "pairs.jsonl")
+    if change_shard:
+        path = build_pairs.shard_path(store, 1)
+        save_file(change_shard(load_file(path)), path)
+        meta["checksums"][1] = build_pairs.checksum(path)
+    (store / "meta.json").write_text(json.dumps(meta))
+
+
+def flip_a_bit(store):
+    path = store / "shard-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def set_row(number, **values):
+    return lambda store: rewrite(store, lambda rows: [row | values if i == number else row for i, row in enumerate(rows)])
+
+
+def set_meta(**values):
+    def change(store):
+        (store / "meta.json").write_text(json.dumps(json.loads((store / "meta.json").read_text()) | values))
+    return change
+
+
+def one_number(x_0, value):
+    x_0["x_0_w"][0, 0, 0, 0] = value
+    return x_0
+
+
+BAD_PAIRS = {  # what was done to the store: the damage, what a run says, what --check says
+    "a missing shard": (lambda s: os.remove(s / "shard-00001.safetensors"), "shard-00001.safetensors is missing or damaged", None),
+    "a truncated shard": (lambda s: os.truncate(s / "shard-00001.safetensors", 300), "shard-00001.safetensors is missing or damaged", None),
+    "a flipped bit": (flip_a_bit, "shard-00001.safetensors is missing or damaged", None),
+    "a NaN": (lambda s: rewrite(s, change_shard=lambda x: one_number(x, float("nan"))), "the latents of pair p3 .* are not all finite", "x_0_w is not finite in rows \\[0\\]"),
+    "an infinity": (lambda s: rewrite(s, change_shard=lambda x: one_number(x, float("inf"))), "the latents of pair p3 .* are not all finite", "x_0_w is not finite in rows \\[0\\]"),
+    "a shard outside the store": (set_row(4, shard="../../shard"), "pairs.jsonl:5: no row of a pair store", None),
+    "a shard that is not there": (set_row(4, shard=4), "pairs.jsonl:5: no row of a pair store", None),
+    "a duplicate id": (set_row(4, id="p3"), "pairs.jsonl:5: no row of a pair store, or .* an id that came before", None),
+    "an empty prompt": (set_row(4, c=" "), "pairs.jsonl:5: no row of a pair store, or with an empty c", None),
+    "a malformed line": (lambda s: rewrite(s, lambda rows: [*rows[:2], "{not json", *rows[3:]]), "pairs.jsonl:3: no row", None),
+    "a blank line": (lambda s: rewrite(s, lambda rows: [*rows[:2], "", *rows[2:]]), "pairs.jsonl:3: no row of a pair store", None),
+    "no pairs": (lambda s: rewrite(s, lambda rows: []), "pairs.jsonl: has no pairs in it", None),
+    "a changed table": (lambda s: (s / "pairs.jsonl").write_text("x"), "pairs.jsonl is missing or was changed", None),
+    "the same c and c_minus": (set_row(4, c_minus="a tall tree on a hill"), None, "pair p4: c and c_minus are the same to the model"),
+    "another shape": (set_meta(latents=[4, 16, 16]), "holds latents \\[4, 16, 16\\]", "has shape \\[3, 4, 8, 8\\], not pairs of \\[4, 16, 16\\]"),
+    "another scale": (set_meta(scale=[0.13025, 0.0]), "of scale \\[0.13025, 0.0\\], but .* needs .* of \\[0.18215, 0.0\\]", None),
+    "an unfinished store": (lambda s: (s / "meta.json").write_text(json.dumps({k: v for k, v in json.loads((s / "meta.json").read_text()).items() if k != "checksums"})), "is not finished", None),
+    "a broken meta.json": (lambda s: (s / "meta.json").write_text("{"), "meta.json cannot be read", None),
+    "an empty meta.json": (lambda s: (s / "meta.json").write_text("{}"), "meta.json cannot be read", None),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PAIRS)
+def test_bad_pairs_are_named_in_a_sentence_by_a_run_and_by_check(what, sd, pairs, tmp_path):
+    damage, said, checked = BAD_PAIRS[what]
+    store = tmp_path / "store"
+    shutil.copytree(pairs, store)
+    damage(store)
+    before = read_folder(store)
+    if said:
+        error = error_of(lambda: run(sd, str(store), tmp_path / "run", "--updates", "3"))
+        assert re.search(said, error) and "Traceback" not in error
+    if said is None or "scale" not in what:
+        error = error_of(lambda: train.main(["--model", sd, "--pairs", str(store), "--check"]))
+        assert re.search(checked or said, error)
+    assert read_folder(store) == before and not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_check_says_all_that_is_wrong_at_once_and_passes_a_good_store(sd, pairs, tmp_path, capsys):
+    store = tmp_path / "store"
+    shutil.copytree(pairs, store)
+    rewrite(store, change_shard=lambda x: one_number(x, float("nan")))
+    os.remove(store / "shard-00000.safetensors")
+    os.truncate(store / "shard-00002.safetensors", 300)
+    error = error_of(lambda: train.main(["--model", sd, "--pairs", str(store), "--check"]))
+    assert all(word in error for word in ("shard-00000", "shard-00001", "shard-00002", "3 problems")) and "00003" not in error
+    train.main(["--model", sd, "--pairs", pairs, "--check"])
+    assert "is whole" in capsys.readouterr().out
+
+
+def test_fewer_pairs_than_a_batch_are_seen_again_with_other_noise(sd, pairs, tmp_path, capsys):
+    run(sd, pairs, tmp_path, "--updates", 1, "--batch-size", 25)
+    assert "10 pairs are fewer than a batch: an update sees each 2.5 times" in capsys.readouterr().err
+    assert sum(read_log(tmp_path)[0]["pairs_by_t"]) == 25
+
+
+def test_pairs_of_images_without_c_minus_are_not_for_equation_7(sd, pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "store")
+    rewrite(tmp_path / "store", lambda rows: [row | dict(c_minus=None) for row in rows])
+    assert "without c_minus, which Eq. 7 needs" in error_of(lambda: run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 1))
+    run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 1, objective="diffusion-dpo")
+
+
+# ---- bad flags
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--objective sft", "--side goes with --objective sft"), ("--side w", "--side goes with --objective sft"),
+    ("--objective sft --side w --beta 3", "--objective sft has no beta"), ("--winner a", "--winner and --loser go together"),
+    ("--loser a", "--winner and --loser go together"), ("--winner a --loser b --objective diffusion-dpo", "diffusion-dpo has none"),
+    ("--winner a --loser b --negatives not-paired", "a variant of Eq. 7"), ("--objective dspo --negatives rand-positive", "a variant of Eq. 7"),
+    ("--fsdp --lora-rank 4", "--fsdp is for all weights"), ("--fsdp --preview 2", "--fsdp is for all weights"),
+    ("--fsdp", "two or more processes"), ("--precision tf32", "--precision tf32 is for NVIDIA GPUs"),
+    ("--preview 0", "--preview must be 1 or more"), ("--updates 0", "--updates must be 1 or more"), ("--save-every 0", "--save-every must be 1"),
+    ("--micro-batch 0", "--micro-batch must be 1 or more"), ("--lora-rank -1", "--lora-rank must be 0 or more"),
+    ("--lr 0", "--lr must be more than 0"), ("--lr -1", "--lr must be more than 0"), ("--beta nan", "--beta must be more than 0"),
+    ("--winner /no/where --loser /no/where", "/no/where is no preset"), ("--plot a.jsonl", "2"), ("--objective dpo", "2"),
+])
+def test_flags_that_cannot_apply_are_refused(flags, message, sd, pairs, tmp_path):
+    error = error_of(lambda: train.main(["--model", sd, "--pairs", pairs, "--out", str(tmp_path / "run"), *flags.split()]))
+    assert message in error and not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_unknown_models_are_named(sd, pairs, tmp_path):
+    for name in ("no-such-model", "some-user/some-model"):  # a hub id, without network
+        assert f"{name} is no preset" in error_of(lambda name=name: run(name, pairs, tmp_path, "--updates", 1))
+
+
+def test_an_adapter_is_no_model_to_be_tuned(sd, pairs, tmp_path):
+    run(sd, pairs, tmp_path, "--updates", 1, "--lora-rank", 2)
+    assert "is an adapter: give a whole model" in error_of(lambda: run(str(tmp_path / "lora"), pairs, tmp_path / "b", "--updates", 1))
+
+
+def test_a_log_that_cannot_be_plotted(tmp_path):
+    assert "there is no file" in error_of(lambda: train.main(["--plot", str(tmp_path / "log.jsonl")]))
+    (tmp_path / "log.jsonl").write_text('{"update": 0, "noise_floor": 0}\n')
+    assert "has no update in it yet" in error_of(lambda: train.main(["--plot", str(tmp_path / "log.jsonl")]))
+
+
+# ---- the folder of the run
+
+
+def test_one_process_at_a_time_writes_into_a_folder(sd, pairs, tmp_path):
+    with perturb.locked(str(tmp_path)):
+        assert "another process is writing" in error_of(lambda: run(sd, pairs, tmp_path, "--updates", 1))
+    run(sd, pairs, tmp_path, "--updates", 1)
+
+
+def test_strange_files_beside_the_checkpoints_are_left_alone(sd, pairs, straight, tmp_path, capsys):  # noqa: F811
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    shutil.copytree(straight[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    for name in ("checkpoint-final.pt", "checkpoint-000099.pt.partial", "notes.txt", "checkpoint-1.pt"):
+        (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "run" / "checkpoint-000050.pt").mkdir()
+    torch.save(Evil(), tmp_path / "run" / "checkpoint-000060.pt")  # a pickle that would run code
+    with open(tmp_path / "run" / "checkpoint-000070.pt", "wb") as file:
+        pickle.dump(Evil(), file)
+    expected = run(sd, pairs, tmp_path / "other", "--updates", 7)
+    assert same(run(sd, pairs, tmp_path / "run", "--updates", 7), expected)
+    assert "from update 6 of 7" in capsys.readouterr().out and not (tmp_path / "executed").exists()
+    assert (tmp_path / "run" / "checkpoint-final.pt").read_text() == (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def in_a_child(function, output):
+    """Runs a function in a forked process; its exit code, its stderr going into a file."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with open(output, "w") as file:
+                os.dup2(file.fileno(), 2)
+                os.dup2(file.fileno(), 1)
+            function()
+            code = 0
+        except SystemExit as error:
+            os.write(2, str(error).encode())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(sd, pairs, straight, tmp_path):  # noqa: F811
+    def limited():
+        size = os.path.getsize(straight[0] / "checkpoint-000004.pt")
+        real = train.save_checkpoint
+
+        def save(args, net, optimizer, update, *rest):
+            if update == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+            real(args, net, optimizer, update, *rest)
+
+        train.save_checkpoint = save
+        run(sd, pairs, tmp_path / "run", "--updates", 6)
+
+    assert in_a_child(limited, tmp_path / "out") == 1
+    said = (tmp_path / "out").read_text()
+    assert "cannot write" in said and "make space" in said and "Traceback" not in said
+    assert [os.path.basename(path) for path in train.checkpoints(str(tmp_path / "run"))] == ["checkpoint-000002.pt"]
+    assert same(run(sd, pairs, tmp_path / "run", "--updates", 6), straight[1])
+    assert read_log(tmp_path / "run") == read_log(straight[0])
+
+
+@pytest.mark.slow
+def test_killed_at_every_single_file_operation_it_goes_on_to_the_same_result(sd, pairs, tmp_path, monkeypatch):
+    model, out = models.load(sd), tmp_path / "run"
+    monkeypatch.setattr(models, "load", lambda *_: copy.deepcopy(model))  # to save time
+    monkeypatch.setattr(train.evaluate, "draw_curves", lambda path: None)
+    flags = ["--updates", "3", "--save-every", "1", "--lora-rank", "1"]
+    expected = run(sd, pairs, tmp_path / "expected", *flags)
+
+    def killed_at(n):
+        count = 0
+
+        def tick(path):
+            nonlocal count
+            count += str(path).startswith(str(out))
+            if count == n:
+                os._exit(9)
+
+        def hook(event, arguments):
+            if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") or (
+                    event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                tick(arguments[0])
+
+        def save(content, path, real=torch.save):  # C++ writes: no audit event
+            real(content, path)
+            os.truncate(path, os.path.getsize(path) // 2)
+            tick(path)
+            real(content, path)
+
+        torch.save = save
+        sys.addaudithook(hook)
+        run(sd, pairs, out, *flags)
+
+    n = 1
+    while (code := in_a_child(lambda n=n: killed_at(n), tmp_path / "output")) == 9:
+        assert same(run(sd, pairs, out, *flags), expected), n
+        assert read_log(out) == read_log(tmp_path / "expected"), n
+        more = set(read_folder(out)) - set(read_folder(tmp_path / "expected"))  # killed before an old one was removed
+        assert more <= {"checkpoint-000001.pt"} and set(read_folder(tmp_path / "expected")) <= set(read_folder(out)), n
+        shutil.rmtree(out)
+        n += 1
+    assert code == 0, (tmp_path / "output").read_text()
+    assert n > 15
+
+
+# ---- signals, lost processes, memory
+
+
+def wait_for_updates(out, count, process):
+    """Until the log has so many lines of updates."""
+    while process.poll() is None:
+        if os.path.exists(out / "log.jsonl") and len((out / "log.jsonl").read_text().splitlines()) > count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, processes", [([], 1), ([], 2), (["--fsdp"], 2)])
+def test_a_signal_saves_and_ends_and_the_run_goes_on_bit_for_bit(flags, processes, sd, pairs, tmp_path):
+    out = tmp_path / "run"
+    start = command(sd, pairs, out, "--updates", "400", "--save-every", "399", *flags, processes=processes)
+    process = subprocess.Popen(start, env=ONE_THREAD, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for_updates(out, 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=50)
+    path, = train.checkpoints(str(out))
+    update = int(path[-9:-3])
+    assert f"stopped by a signal after update {update}: go on by the same command" in said and process.returncode != 0
+    assert update > 2 and not (out / "pipeline").exists()
+    weights = run(sd, pairs, out, "--updates", update + 2)
+    expected = run(sd, pairs, tmp_path / "straight", "--updates", update + 2)
+    if processes == 1:
+        assert same(weights, expected) and read_log(out) == read_log(tmp_path / "straight")
+    else:  # sums in another order, over some dozen updates
+        assert same(weights, expected, atol=1e-5, outliers=500)
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others_within_a_minute_with_a_sentence(sd, pairs, straight, tmp_path):  # noqa: F811
+    process = subprocess.Popen(command(sd, pairs, tmp_path, "--updates", "5000", processes=2), env=ONE_THREAD,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for_updates(tmp_path, 5, process)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    victim, = [pid for pid in workers if b"RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read().replace(b"_RANK=", b"")]
+    since = time.time()
+    os.kill(int(victim), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert time.time() - since < 60 and process.returncode != 0
+    assert "another process was lost" in said and "go on" in said.lower()
+    update = int(train.checkpoints(str(tmp_path))[0][-9:-3])
+    run(sd, pairs, tmp_path, "--updates", update + 1)
+    assert read_log(tmp_path)[-1]["update"] == update + 1
+
+
+def test_out_of_memory_says_which_flags_help(sd, pairs, tmp_path, monkeypatch):
+    def step_loss(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "step_loss", step_loss)
+    error = error_of(lambda: run(sd, pairs, tmp_path, "--updates", 1))
+    assert all(flag in error for flag in ("--micro-batch", "--checkpointing", "--lora-rank", "--fsdp"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_outside_of_float16(sd, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: torch.tensor(float("inf")))
+    error = error_of(lambda: run(sd, pairs, tmp_path, "--updates", 1))
+    assert "update 1: the gradient" in error and "is not finite" in error
+    error = error_of(lambda: run(sd, pairs, tmp_path / "half", "--updates", 1, "--precision", "fp16"))  # and not for ever there
+    assert "update 1: the gradient" in error
