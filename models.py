@@ -200,10 +200,12 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None):
         if family not in FAMILIES:
             sys.exit(f"{name} is a {family}; supported are {', '.join(FAMILIES)}.")
         dtypes = dict(default=dtype)
-        if dtype == torch.float16:
+        if dtype == torch.float16 and name == "sana-1.6b":  # its weights were made in bfloat16
+            dtypes = dict(default=torch.bfloat16)
+        elif dtype == torch.float16:
             wide = dict(SanaPipeline=["text_encoder", "vae"], StableDiffusion3Pipeline=["text_encoder_3"])
             dtypes |= dict.fromkeys(wide.get(family, []), torch.bfloat16)
-        dtypes["transformer" if "transformer" in config else "unet"] = net_dtype or dtype
+        dtypes["transformer" if "transformer" in config else "unet"] = net_dtype or dtypes["default"]
         # The safety checker replaces images by black ones: it has no place in training data or in a benchmark.
         without = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, use_safetensors=True,

@@ -35,6 +35,7 @@ import zipfile
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
@@ -42,7 +43,7 @@ from tqdm import tqdm
 import evaluate
 import models
 from build_pairs import PairStore, check_store
-from loss import ddspo_loss, diffusion_dpo_loss, dspo_loss, preference_loss
+from loss import dspo_loss, preference_loss
 from perturb import check_flags, locked, write_text
 
 # A row for each experiment. Where the numbers are from: [p] the paper (with its overview), [r] the authors' research
@@ -150,21 +151,14 @@ def step_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, beta
         eps_ref = model.predict(policies["ref"], x_t, tt, cc)
         eps_ref_w, eps_ref_l = eps_ref.chunk(2)
         if "winner" in policies:  # Eq. 6
-            target_w, target_l = (model.predict(policies["winner"], x_t_w, t, c),
-                                  model.predict(policies["loser"], x_t_l, t, c))
-        elif objective != "ddspo":  # Eq. 4: the noise
+            target_w = model.predict(policies["winner"], x_t_w, t, c)
+            target_l = model.predict(policies["loser"], x_t_l, t, c)
+        elif objective == "ddspo":  # Eq. 7
+            target_w, target_l = eps_ref_w, model.predict(policies["ref"], x_t_l, t, c_minus)
+        else:  # Eq. 4
             target_w, target_l = model.target(x_0_w, t, eps), model.target(x_0_l, t, eps)
-        else:  # Eq. 7
-            eps_ref_l_minus = model.predict(policies["ref"], x_t_l, t, c_minus)
-    predictions, beta = (eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l), beta * model.weight(t)
-    if objective == "dspo":
-        loss, info = dspo_loss(*predictions, target_w, target_l, beta)
-    elif objective == "diffusion-dpo":
-        loss, info = diffusion_dpo_loss(*predictions, target_w, target_l, beta)
-    elif "winner" in policies:
-        loss, info = preference_loss(*predictions, target_w, target_l, beta)
-    else:
-        loss, info = ddspo_loss(*predictions, eps_ref_l_minus, beta)
+    loss_of = dspo_loss if objective == "dspo" else preference_loss
+    loss, info = loss_of(eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l, target_w, target_l, beta * model.weight(t))
     with torch.no_grad():
         drift = (eps_theta.float() - eps_ref.float()).square().flatten(1).mean(1).view(2, -1).mean(0)
         accuracy = (info["logit"].sign() + 1) / 2  # a tie is half right
@@ -277,9 +271,8 @@ def save_checkpoint(args, net, optimizer, update, scaling, rank):
     try:
         torch.save(dict(update=update, net=state, optimizer=optimizer_state, scaling=scaling, flags=vars(args)),
                    path + ".partial")
-    except (OSError, RuntimeError) as error:  # torch says a full disk by a RuntimeError
-        sys.exit(f"cannot write {path}: {str(error).splitlines()[0]}. The newest checkpoint before it is whole: make "
-                 "space and give the same command again.")
+    except RuntimeError as error:  # so torch says a full disk
+        raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
     os.replace(path + ".partial", path)
     for old in checkpoints(args.out)[2:]:
         os.remove(old)
@@ -367,7 +360,7 @@ def main(argv=None):
         if rank == 0:
             stack.enter_context(locked(args.out))
         checkpoint = load_checkpoint(args)
-        signals = stack.enter_context(stop_signals())
+        signals = stack.enter_context(faults())
 
         half = HALF.get(args.precision, torch.float32) if device.type == "cuda" else torch.float32
         model = models.load(args.model, device, half, torch.float32)  # the network's weights are float32 all along
@@ -494,14 +487,16 @@ def add_up(tensors):
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """A list to which SIGTERM and SIGINT are added instead of ending the process at once."""
+def faults():
+    """What can end a run from outside, as a sentence; gives a list to which SIGTERM and SIGINT are added."""
     came = []
     before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield came
     except torch.OutOfMemoryError as error:
         sys.exit(f"out of memory: give a smaller --micro-batch, --checkpointing, --lora-rank or --fsdp. {error}")
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"cannot write: {error}. The newest checkpoint is whole: make space and give the same command again.")
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -240,6 +240,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(sd, pairs, straight, tmp_path):  
     assert read_log(tmp_path / "run") == read_log(straight[0])
 
 
+def test_a_full_disk_at_the_export_keeps_all_that_is_needed_for_it(sd, pairs, straight, tmp_path):  # noqa: F811
+    def limited():
+        real = train.export
+
+        def export(*rest):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            real(*rest)
+
+        train.export = export
+        run(sd, pairs, tmp_path / "run", "--updates", 6)
+
+    assert in_a_child(limited, tmp_path / "out") == 1
+    said = (tmp_path / "out").read_text()
+    assert "cannot write: " in said and "make space" in said and "Traceback" not in said
+    assert same(run(sd, pairs, tmp_path / "run", "--updates", 6), straight[1])
+
+
 @pytest.mark.slow
 def test_killed_at_every_single_file_operation_it_goes_on_to_the_same_result(sd, pairs, tmp_path, monkeypatch):
     model, out = models.load(sd), tmp_path / "run"
