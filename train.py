@@ -566,14 +566,14 @@ def preview(args, model, policies, store, update, device):
     """Draws the first four prompts with the reference and with the model as it is now, from the same x_T."""
     prompts, columns = [row["c"] for row in store.rows[:4]], []
     x_T = torch.stack([models.initial_noise(args.seed + i, model.latent_shape) for i in range(len(prompts))])
-    for name in ("ref", "theta"):
+    for name, title in (("ref", "reference"), ("theta", "student")):
         if args.lora_rank:
             model.net.set_adapter(["theta"] if name == "theta" else [])
         else:
             setattr(model.pipe, model.net_name, policies[name])
         c = model.encode(prompts)
         with precision(device, args.precision):
-            columns.append((name, models.sample(model, c, x_T, model.steps, model.guidance, "pil")))
+            columns.append((title, models.sample(model, c, x_T, model.steps, model.guidance, "pil")))
     evaluate.draw_grid(prompts, columns, os.path.join(args.out, f"preview-{update:06d}.png"))
 
 

@@ -588,7 +588,7 @@ def test_previews_show_the_reference_beside_the_student(rank, sd, pairs, tmp_pat
     (prompts, two), (_, four) = (drawn[str(tmp_path / "run" / f"preview-{n:06d}.png")] for n in (2, 4))
     assert len(drawn) == 2 and prompts == [f"a {x} on a hill" for x in ("red fox", "blue cup", "old boat", "green hat")]
     (ref, before), (theta, after) = two
-    assert (ref, theta) == ("ref", "theta") and len(before) == len(after) == 4
+    assert (ref, theta) == ("reference", "student") and len(before) == len(after) == 4
     model = models.load(sd)
     x_T = torch.stack([models.initial_noise(i, model.latent_shape) for i in range(4)])
     expected = models.sample(model, model.encode(prompts), x_T, 25, 7.5, "pil")
