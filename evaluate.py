@@ -62,6 +62,21 @@ def draw_grid(prompts, columns, path):
     save_figure(figure, path)
 
 
+def draw_pairs(columns, path):
+    """Images with a caption under each: a column for each (title, images, captions)."""
+    rows = len(columns[0][1])
+    figure, axes = plt.subplots(rows, len(columns), squeeze=False, layout="constrained",
+                                figsize=(3 * len(columns), 3.4 * rows))
+    for column, (title, images, captions) in enumerate(columns):
+        axes[0, column].set_title(title, fontsize=8)
+        for ax, image, caption in zip(axes[:, column], images, captions):
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[])
+            label = "\n".join(textwrap.wrap(caption or "", 45, max_lines=4))
+            ax.set_xlabel(label, fontsize=7, parse_math=False)
+    save_figure(figure, path)
+
+
 def draw_curves(path):
     """Draws the curves of a log.jsonl that train.py wrote as curves.png beside it."""
     if not os.path.isfile(path):

@@ -50,7 +50,7 @@ class StableDiffusion:
 
     def __init__(self, pipe):
         self.pipe, self.net, self.net_name, self.xl = pipe, pipe.unet, "unet", hasattr(pipe, "text_encoder_2")
-        self.dtype = self.net.dtype
+        self.dtype, self.empty = self.net.dtype, None
         self.steps, self.guidance = 25, 5.0 if self.xl else 7.5  # of sampling (script)
         self.prediction_type = pipe.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -102,7 +102,7 @@ class FlowMatching:
     def __init__(self, pipe):
         self.pipe, self.net, self.net_name = pipe, pipe.transformer, "transformer"
         self.sd3 = hasattr(pipe, "text_encoder_3")
-        self.dtype = self.net.dtype
+        self.dtype, self.empty = self.net.dtype, None
         self.steps, self.guidance = (25, 5.0) if self.sd3 else (20, 4.5)  # of sampling (script)
         self.num_train_timesteps = pipe.scheduler.config.num_train_timesteps
         self.latent_shape = (self.net.config.in_channels, self.net.config.sample_size, self.net.config.sample_size)
@@ -245,9 +245,10 @@ def same_to_the_model(tokenizers, rows):
 @torch.no_grad()
 def sample(model, c, x_T, steps, guidance, output_type="latent"):
     """x_T (B, channels, h, w) and c -> x_0, latents as the network sees them, or PIL images for output_type "pil"."""
-    with torch.autocast(model.pipe.device.type, enabled=False):  # the text encoders keep their own precision
-        empty = model.encode([""], empty=True)
-    negative = {f"negative_{name}": x.expand(len(x_T), *x.shape[1:]) for name, x in empty.items()}
+    if not model.empty:  # once, for all samples to come
+        with torch.autocast(model.pipe.device.type, enabled=False):  # the text encoders keep their own precision
+            model.empty = model.encode([""], empty=True)
+    negative = {f"negative_{name}": x.expand(len(x_T), *x.shape[1:]) for name, x in model.empty.items()}
     size = model.latent_shape[1] * model.pipe.vae_scale_factor
     more = dict(use_resolution_binning=False) if "use_resolution_binning" in inspect.signature(
         model.pipe.__call__).parameters else {}
@@ -271,6 +272,14 @@ def encode_images(model, pixels):
     latents = code.latent if hasattr(code, "latent") else code.latent_dist.mode()
     factor, shift = latent_scale(model)
     return (latents - shift) * factor
+
+
+@torch.no_grad()
+def decode(model, x_0):
+    """x_0 (B, channels, h, w) -> B PIL images."""
+    vae, (factor, shift) = model.pipe.vae.float(), latent_scale(model)
+    pixels = vae.decode(x_0.to(vae.device, torch.float32) / factor + shift, return_dict=False)[0]
+    return model.pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
 def initial_noise(seed, shape):

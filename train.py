@@ -588,9 +588,11 @@ def open_store(args):
     store = PairStore(args.pairs)
     if os.path.normpath(store.meta["model"]) not in (os.path.normpath(args.model), models.PRESETS.get(args.model)):
         print(f"note: the pairs in {args.pairs} were made by {store.meta['model']}, not {args.model}", file=sys.stderr)
-    if args.negatives != "generated" and len({row["c"] for row in store.rows}) < 2:
+    if args.negatives == "generated" and store.meta["negatives"] == "none":
+        sys.exit(f"{args.pairs} holds winners only: take --negatives rand-positive or not-paired.")
+    if args.negatives != "generated" and all(row["c"] == store.rows[0]["c"] for row in store.rows):
         sys.exit(f"--negatives {args.negatives} takes x_0_l from another prompt, but {args.pairs} has only one prompt.")
-    if args.objective == "ddspo" and not args.winner and not all(row["c_minus"] for row in store.rows):
+    if args.objective == "ddspo" and not args.winner and store.rows[0]["c_minus"] is None:
         sys.exit(f"{args.pairs} holds pairs of images without c_minus, which Eq. 7 needs: take --objective "
                  "diffusion-dpo or dspo, or --winner and --loser (Eq. 6).")
     return store

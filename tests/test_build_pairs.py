@@ -1,77 +1,270 @@
-"""build_pairs.py: the right latents for c and c_minus, and one store whatever happens on the way."""
+"""build_pairs.py: the right latents for c and c_minus or for two images, and one store whatever happens on the way."""
 
+import itertools
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import tiny_models
 import torch
 from conftest import read_folder
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import build_pairs
 import models
-from build_pairs import PairStore
+from build_pairs import PairStore, check_store, checksum, shard_path
 
 STEPS = ["--steps", "2", "--shard-size", "3"]
+DEFAULTS = dict(  # steps, guidance, sampler, factor, shift
+    sd=(25, 7.5, "PNDMScheduler", 0.18215, 0), sd2=(25, 7.5, "DDIMScheduler", 0.18215, 0),
+    sdxl=(25, 5.0, "EulerDiscreteScheduler", 0.13025, 0), sana=(20, 4.5, "DPMSolverMultistepScheduler", 0.41407, 0),
+    sd3=(25, 5.0, "FlowMatchEulerDiscreteScheduler", 1.5305, 0.0609))
 
 
-def test_each_pair_is_sampled_from_c_and_c_minus_and_the_same_noise(sd, prompts, pairs):
-    store, model = PairStore(pairs), models.load(sd)
-    assert len(store) == 10
-    for i in (0, 4, 9):
-        row, x_0_w, x_0_l = store[i]
-        given = json.loads(open(prompts).readlines()[i])
-        assert (row["id"], row["c"], row["c_minus"], row["seed"]) == (given["id"], given["c"], given["c_minus"], i)
-        x_T = models.initial_noise(i, model.latent_shape)[None]
-        torch.testing.assert_close(x_0_w[None], model.sample(model.encode([row["c"]]), x_T, 2, 7.5), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(x_0_l[None], model.sample(model.encode([row["c_minus"]]), x_T, 2, 7.5), rtol=1e-3, atol=1e-3)
-        assert (x_0_w - x_0_l).abs().max() > 0.01
+def build(model, out, *flags):
+    build_pairs.main(["--model", str(model), "--out", str(out), *map(str, flags)])
 
 
-def test_the_store_says_how_it_was_made(sd, pairs):
-    meta = json.load(open(os.path.join(pairs, "meta.json")))
-    expected = dict(model=sd, sampler="PNDMScheduler", steps=2, guidance=7.5, seed=0, latents=[4, 8, 8], dtype="float32",
-                    pairs=10, shard_size=3)
-    assert {key: meta[key] for key in expected} == expected
-    assert [build_pairs.checksum(build_pairs.shard_path(pairs, s)) for s in range(4)] == meta["checksums"]
-    assert sorted(os.listdir(pairs)) == ["meta.json", "pairs.jsonl", *[f"shard-0000{s}.safetensors" for s in range(4)]]
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def vouch(folder, *shards):
+    """Puts the checksums of the table and of these shards, as they are now, into meta.json."""
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["table"] = checksum(folder / "pairs.jsonl")
+    for s in shards:
+        meta["checksums"][s] = checksum(shard_path(folder, s))
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def stop_at_call(monkeypatch, number):
+    """From here on make_shard stops the run when it is called for the number-th time. The first id of each call."""
+    real, made = build_pairs.make_shard, []
+
+    def make_shard(model, rows, *rest):
+        made.append(rows[0]["id"])
+        if len(made) == number:
+            raise KeyboardInterrupt
+        return real(model, rows, *rest)
+
+    monkeypatch.setattr(build_pairs, "make_shard", make_shard)
+    return made
+
+
+@pytest.fixture(scope="module", params=DEFAULTS)
+def family(request, tmp_path_factory):
+    """The name of each family and the folder of a small model of it."""
+    folder = str(tmp_path_factory.mktemp("models") / request.param)
+    tiny_models.make(folder, request.param)
+    return request.param, folder
+
+
+def test_prompts_become_the_pipelines_own_latents_for_c_and_c_minus_with_the_familys_settings(family, tmp_path, monkeypatch):
+    (name, folder), (steps, guidance, sampler, factor, shift) = family, DEFAULTS[family[0]]
+    rows = [dict(id=f"p{i}", c=f"{x} on a hill", c_minus=x[:5]) for i, x in enumerate(["a red fox", "two cups", "öld 舟"])]
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "perturbed.jsonl", rows)
+    build_pairs.main(["--model", folder + "/", "--seed", "5", "--batch-size", "2"])  # all else by default
+    store, pipe = PairStore(f"pairs/{name}"), DiffusionPipeline.from_pretrained(folder)
+    expected = dict(model=folder, steps=steps, guidance=guidance, sampler=sampler, seed=5, scale=[factor, shift], pairs=3,
+                    shard_size=128, dtype="float32", negatives="generated", latents=[16 if name == "sd3" else 4, 8, 8])
+    assert {key: store.meta[key] for key in expected} == expected and len(store) == 3
+    x_T = torch.tensor(np.stack([np.random.default_rng(5 + i).standard_normal(expected["latents"], "f4") for i in range(3)]))
+    found = [torch.stack(x) for x in zip(*[store[i][1:] for i in range(3)])]
+    for x_0, key in zip(found, ("c", "c_minus")):
+        direct = pipe([row[key] for row in rows], latents=x_T, num_inference_steps=steps, guidance_scale=guidance, height=64,
+                      width=64, output_type="latent", **dict(use_resolution_binning=False) if name == "sana" else {}).images
+        torch.testing.assert_close(x_0, direct, rtol=1e-3, atol=1e-3)
+    assert (found[0] - found[1]).abs().amax((1, 2, 3)).min() > 0.01
+    assert [store[i][0] for i in range(3)] == [row | dict(seed=5 + i, shard=0, row=i) for i, row in enumerate(rows)]
+
+
+def test_prompts_that_differ_only_where_the_model_reads_no_further_are_refused_by_name(sd, tmp_path):
+    rows = [dict(id=f"p{n}", c="x " * n + "end", c_minus="x " * n) for n in (73, 74, 75, 76)]  # 77 tokens, 2 of them marks
+    with pytest.raises(SystemExit) as stop:
+        build(sd, tmp_path / "store", "--prompts", write_lines(tmp_path / "long.jsonl", rows), *STEPS)
+    *bad, last = str(stop.value).splitlines()
+    assert [re.search(r"long.jsonl: (.*): c and c_minus differ only where", line)[1] for line in bad] == ["p75", "p76"]
+    assert last.startswith("2 bad lines in") and os.listdir(tmp_path / "store") == []
+
+
+def test_winners_only_are_the_winners_of_the_pairs(sd, prompts, pairs, tmp_path):
+    build(sd, tmp_path / "store", "--prompts", prompts, "--negatives", "none", *STEPS)
+    winners, both = PairStore(tmp_path / "store"), PairStore(pairs)
+    for i in range(10):
+        (row, x_0_w, x_0_l), (expected_row, expected, _) = winners[i], both[i]
+        torch.testing.assert_close(x_0_w, expected, rtol=1e-3, atol=1e-3)
+        assert row == expected_row and x_0_l is None
+    assert len(winners) == 10 and check_store(tmp_path / "store", models.load_tokenizers(sd)) == []
+    with pytest.raises(SystemExit, match="begun with negatives none, not generated"):
+        build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
+
+
+def test_latents_that_are_not_finite_are_not_stored(sd, prompts, tmp_path, monkeypatch):
+    real = models.sample
+
+    def sample(model, c, x_T, *settings):
+        x_0 = real(model, c, x_T, *settings)
+        x_0[len(x_T) // 2 + 1, 0, 0, 0] = float("nan")  # the second loser
+        return x_0
+
+    monkeypatch.setattr(models, "sample", sample)
+    with pytest.raises(SystemExit, match=r"the pairs \['p1'\] are not finite"):
+        build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
+    assert sorted(os.listdir(tmp_path / "store")) == ["meta.json", "pairs.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of four pairs of images, and {file: its pixels (64, 64, 3) as the autoencoder should see them}."""
+    folder, rng, pixels, turned = tmp_path_factory.mktemp("photos"), np.random.default_rng(0), {}, Image.Exif()
+
+    def resized(x, *size):
+        return np.array(Image.fromarray(x).resize(size, Image.Resampling.LANCZOS))
+
+    os.mkdir(folder / "deep")
+    for file, *shape, expected in (
+            ("plain.png", 16, 16, 3, lambda x: x), ("wide.png", 16, 25, 3, lambda x: x[:, 18:82]),
+            ("tall.png", 40, 32, 3, lambda x: resized(x, 64, 80)[8:72]), ("grey.png", 16, 16, 1, lambda x: x.repeat(3, 2)),
+            ("clear.png", 16, 16, 4, lambda x: x[:, :, :3]), ("deep/tiny.webp", 8, 10, 3, lambda x: resized(x, 80, 64)[:, 8:72]),
+            ("turned-6.jpg", 16, 20, 3, lambda x: np.rot90(x[:, 8:72], -1)),  # the camera was turned, so the picture must be
+            ("turned-8.jpg", 16, 20, 3, lambda x: np.rot90(x[:, 8:72]))):
+        x = rng.integers(256, size=shape, dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        turned[0x112] = int(file[7]) if file.startswith("turned") else 1  # EXIF's Orientation
+        Image.fromarray(x.squeeze()).save(folder / file, exif=turned)
+        pixels[file] = expected(np.array(Image.open(folder / file)).reshape(x.shape))
+    sides = list(zip(*[iter(pixels)] * 2))
+    write_lines(folder / "metadata.jsonl", [dict(id=str(i), c="a fox", winner=w, loser=l) for i, (w, l) in enumerate(sides)])
+    return folder, pixels
+
+
+def test_images_become_the_means_of_their_codes_upright_cut_square_and_scaled(family, photos, tmp_path):
+    (name, model), (folder, pixels), (*_, factor, shift) = family, photos, DEFAULTS[family[0]]
+    for out, path in (("a", folder), ("b", folder / "metadata.jsonl")):
+        build(model, tmp_path / out, "--from-images", path, "--shard-size", 3, "--batch-size", 2)
+    assert read_folder(tmp_path / "a") == read_folder(tmp_path / "b")
+    store, vae = PairStore(tmp_path / "a"), DiffusionPipeline.from_pretrained(model).vae
+    assert store.meta["scale"] == [factor, shift] and not store.meta.keys() & {"sampler", "steps", "guidance", "seed"}
+    for i, line in enumerate(open(folder / "metadata.jsonl")):
+        given, (row, *x_0) = json.loads(line), store[i]
+        files = {side: os.path.join(folder, given[side]) for side in ("winner", "loser")}
+        assert row == given | files | dict(c_minus=None, shard=i // 3, row=i % 3)
+        for side, found in zip(("winner", "loser"), x_0):
+            image = torch.tensor(pixels[given[side]].copy()).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+            with torch.no_grad():
+                code = vae.encode(image).latent if name == "sana" else vae.encode(image).latent_dist.mode()
+            torch.testing.assert_close(found, (code[0] - shift) * factor, rtol=1e-4, atol=1e-5)
+    problems = check_store(tmp_path / "a", models.load_tokenizers(model))
+    assert all("deviation" in problem for problem in problems)  # random weights; a null c_minus is no problem
+
+
+def test_a_stopped_run_of_images_goes_on_past_a_mended_image_to_the_same_store(sd, photos, tmp_path, monkeypatch):
+    folder = shutil.copytree(photos[0], tmp_path / "photos")
+    command = [sd, tmp_path / "store", "--from-images", folder, "--shard-size", 1]
+    build(sd, tmp_path / "whole", *command[2:])
+    good = (folder / "turned-8.jpg").read_bytes()
+    (folder / "turned-8.jpg").write_bytes(good[:len(good) // 2])  # the loser of the last pair
+    made = stop_at_call(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        build(*command)
+    with pytest.raises(SystemExit, match=r"photos/turned-8.jpg cannot be read as an image \("):
+        build(*command)
+    (folder / "turned-8.jpg").write_bytes(good)
+    build(*command)
+    assert made == ["0", "1", "2", "2", "3", "3"] and read_folder(tmp_path / "store") == read_folder(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda png: b"", lambda png: b"a text", lambda png: png[:len(png) // 2], lambda png: png[:20],
+    lambda png: png[:11] + b"\1" + png[12:],  # Pillow: ValueError
+    lambda png: b"BM" + b"\0" * 12 + b"\x28\0\0\0" + b"\0\xff\xff\0" * 2 + b"\1\0\x18" + b"\0" * 99,  # DecompressionBombError
+], ids=["empty", "text", "half", "head", "head damaged", "petapixels"])
+def test_an_unreadable_image_is_named(damage, photos, tmp_path):
+    (tmp_path / "bad.png").write_bytes(damage((photos[0] / "plain.png").read_bytes()))
+    with pytest.raises(SystemExit, match=r"^\S*/bad.png cannot be read as an image \(.*\): mend it or take its pair out.\Z"):
+        build_pairs.read_image(str(tmp_path / "bad.png"), 64)
+
+
+def test_a_finished_store_has_these_files_and_is_left_alone(sd, prompts, pairs, capsys):
+    names = ["meta.json", "pairs.jsonl", *[f"shard-0000{s}.safetensors" for s in range(4)]]
+    before = [os.stat(os.path.join(pairs, name)) for name in names]
+    assert sorted(os.listdir(pairs)) == names and len({x.st_mode for x in before}) == 1  # who may read one may read all
+    build(sd, pairs, "--prompts", prompts, *STEPS)
+    assert f"{pairs} is complete: 10 pairs; nothing was done" in capsys.readouterr().out
+    assert [os.stat(os.path.join(pairs, name)).st_mtime_ns for name in names] == [x.st_mtime_ns for x in before]
 
 
 def test_a_stopped_run_goes_on_to_the_same_store(sd, prompts, pairs, tmp_path, monkeypatch):
-    out, made = str(tmp_path / "store"), []
-    real = build_pairs.make_shard
-
-    def stop_at_the_third(model, rows, first, args, bar):
-        made.append(first)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return real(model, rows, first, args, bar)
-
-    monkeypatch.setattr(build_pairs, "make_shard", stop_at_the_third)
+    made = stop_at_call(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        build_pairs.main(["--model", sd, "--prompts", prompts, "--out", out, *STEPS])
-    with pytest.raises(SystemExit, match="not finished"):
-        PairStore(out)
-    build_pairs.main(["--model", sd, "--prompts", prompts, "--out", out, *STEPS])
-    assert made == [0, 3, 6, 6, 9]  # nothing is made twice but what was in the making
-    assert read_folder(out) == read_folder(pairs)
+        build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
+    with pytest.raises(SystemExit, match="store is not finished: run the build_pairs.py command"):
+        PairStore(tmp_path / "store")
+    build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
+    assert made == ["p0", "p3", "p6", "p6", "p9"]  # nothing is made twice but what was in the making
+    assert read_folder(tmp_path / "store") == read_folder(pairs)
 
 
-def test_a_finished_store_is_left_alone(sd, prompts, pairs, capsys):
-    before = {name: os.stat(os.path.join(pairs, name)).st_mtime_ns for name in os.listdir(pairs)}
-    build_pairs.main(["--model", sd, "--prompts", prompts, "--out", pairs, *STEPS])
-    assert "complete: 10 pairs; nothing was done" in capsys.readouterr().out
-    assert before == {name: os.stat(os.path.join(pairs, name)).st_mtime_ns for name in os.listdir(pairs)}
+def killed_at(n, out, *arguments):
+    """Forks a run that dies before its n-th change to a file under `out`, half of what it was to rename being lost; the
+    exit code, 9 if it died. The beginning of a shard counts too."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.alarm(60)
+    changes, real = itertools.count(1), build_pairs.make_shard
+
+    def hook(event, details):
+        write = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "test.shard") or (
+            event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR))
+        if write and str(details[0]).startswith(out) and next(changes) == n:
+            if event == "os.rename":
+                os.truncate(details[0], os.path.getsize(details[0]) // 2)
+            os._exit(9)
+
+    try:
+        build_pairs.make_shard = lambda *rest: sys.audit("test.shard", out) or real(*rest)
+        sys.addaudithook(hook)
+        build(*arguments)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_killed_at_any_change_to_any_file_it_goes_on_to_the_same_store(sd, prompts, tmp_path, monkeypatch):
+    given, model = tmp_path / "four.jsonl", models.load(sd)
+    given.write_text("".join(open(prompts).readlines()[:4]))
+    monkeypatch.setattr(models, "load", lambda *_: model)  # once for all
+    flags = ["--prompts", given, "--steps", 1, "--shard-size", 2]
+    build(sd, tmp_path / "whole", *flags)
+    for n in itertools.count(1):
+        out = str(tmp_path / f"store-{n}")
+        code = killed_at(n, out, sd, out, *flags)
+        if code == 9:
+            with pytest.raises(SystemExit, match="is not finished|meta.json cannot be read"):
+                PairStore(out)
+            build(sd, out, *flags)
+        assert read_folder(out) == read_folder(tmp_path / "whole")
+        if code != 9:
+            break
+    assert code == 0 and n > 13  # the folder, and opening and renaming 3 files that are written 4 times at least
 
 
 def command(sd, prompts, out, processes=1):
-    script = os.path.abspath(build_pairs.__file__)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*(start if processes > 1 else [sys.executable]), script, "--model", sd, "--prompts", prompts, "--out", out, *STEPS]
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *start, os.path.abspath(build_pairs.__file__), "--model", sd, "--prompts", prompts, "--out", out, *STEPS]
 
 
 @pytest.mark.slow
@@ -94,56 +287,23 @@ def test_killed_after_each_file_appears_it_goes_on_to_the_same_store(sd, prompts
     assert read_folder(out) == read_folder(pairs)
 
 
-def copy_of(pairs, tmp_path):
-    return shutil.copytree(pairs, tmp_path / "copy")
-
-
-def test_a_damaged_or_missing_shard_is_noticed_and_made_again_when_deleted(sd, prompts, pairs, tmp_path):
-    folder = copy_of(pairs, tmp_path)
-    shard = folder / "shard-00001.safetensors"
-    again = ["--model", sd, "--prompts", prompts, "--out", str(folder), *STEPS]
-    data = bytearray(shard.read_bytes())
-    data[-7] ^= 1
-    for damage in (bytes(data), data[:500], b""):
-        shard.write_bytes(damage)
-        assert PairStore(folder)[0][0]["id"] == "p0"
-        with pytest.raises(SystemExit, match="shard-00001.safetensors is missing or damaged: delete it"):
-            PairStore(folder)[3]
-        with pytest.raises(SystemExit, match="shard-00001.safetensors is missing or damaged"):
-            build_pairs.main(again)
-    shard.unlink()
-    with pytest.raises(SystemExit, match="missing or damaged"):
-        PairStore(folder)[3]
-    build_pairs.main(again)
-    assert read_folder(folder) == read_folder(pairs)
-
-
-def test_a_changed_table_or_meta_is_noticed(sd, prompts, pairs, tmp_path):
-    folder = copy_of(pairs, tmp_path)
-    table = (folder / "pairs.jsonl").read_text()
-    for change in (table.replace("fox", "wolf"), table[:300], ""):
-        (folder / "pairs.jsonl").write_text(change)
-        with pytest.raises(SystemExit, match="pairs.jsonl is missing or was changed"):
-            PairStore(folder)
-    (folder / "pairs.jsonl").unlink()
-    with pytest.raises(SystemExit, match="pairs.jsonl is missing or was changed"):
-        PairStore(folder)
-    for change in ("", "{", "[1]"):
-        (folder / "meta.json").write_text(change)
-        with pytest.raises(SystemExit, match="meta.json cannot be read"):
-            build_pairs.main(["--model", sd, "--prompts", prompts, "--out", str(folder), *STEPS])
-
-
-def test_a_folder_with_other_files_is_not_made_a_store(sd, prompts, pairs, tmp_path):
-    folder = copy_of(pairs, tmp_path)
-    (folder / "meta.json").unlink()  # its shards could be of any settings
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "pairs.jsonl").write_text(open(prompts).read())  # a user's own file of that name
-    for out, given in ((folder, prompts), (tmp_path / "data", tmp_path / "data" / "pairs.jsonl")):
-        before = read_folder(out)
-        with pytest.raises(SystemExit, match="holds other files and no meta.json"):
-            build_pairs.main(["--model", sd, "--prompts", str(given), "--out", str(out), *STEPS])
-        assert read_folder(out) == before
+def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(sd, prompts, pairs, tmp_path, monkeypatch):
+    out, (soft, hard), whole = tmp_path / "store", resource.getrlimit(resource.RLIMIT_FSIZE), read_folder(pairs)
+    for most, file in ((100, "pairs.jsonl"), (3000, "shard-00000.safetensors"), (3000, "shard-00002.safetensors")):
+        if "2" in file:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                stop_at_call(patch, 3)
+                build(sd, out, "--prompts", prompts, *STEPS)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # no file can grow larger
+        try:
+            with pytest.raises(SystemExit, match=rf"^cannot write \S*{file}.*File too large.*\Z"):
+                build(sd, out, "--prompts", prompts, *STEPS)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = {name: content for name, content in read_folder(out).items() if name.endswith("safetensors")}
+    assert kept == {name: whole[name] for name in ("shard-00000.safetensors", "shard-00001.safetensors")}
+    build(sd, out, "--prompts", prompts, *STEPS)
+    assert read_folder(out) == whole
 
 
 def test_a_second_writer_is_refused(sd, prompts, tmp_path):
@@ -153,60 +313,192 @@ def test_a_second_writer_is_refused(sd, prompts, tmp_path):
     assert process.stdout.readline() == b"held\n"
     try:
         with pytest.raises(SystemExit, match="another process is writing into .*store"):
-            build_pairs.main(["--model", sd, "--prompts", prompts, "--out", str(tmp_path / "store"), *STEPS])
+            build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
     finally:
         process.kill()
         process.wait()
-    build_pairs.main(["--model", sd, "--prompts", prompts, "--out", str(tmp_path / "store"), *STEPS])  # the lock is gone with it
+    build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)  # the lock is gone with it
     assert len(PairStore(tmp_path / "store")) == 10
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--guidance", "3"], "guidance 7.5, not 3.0"), (["--steps", "4"], "steps 2, not 4"), (["--seed", "1"], "seed 0, not 1"),
-    (["--shard-size", "5"], "shard_size 3, not 5"),
-])
-def test_a_store_is_not_continued_with_other_settings(flags, message, sd, prompts, pairs):
-    with pytest.raises(SystemExit, match=message):
-        build_pairs.main(["--model", sd, "--prompts", prompts, "--out", pairs, *STEPS, *flags])
+@pytest.fixture
+def copy(pairs, tmp_path):
+    """A copy of the pair store, to be damaged."""
+    return shutil.copytree(pairs, tmp_path / "copy")
 
 
-def test_a_store_is_not_continued_with_other_prompts(sd, prompts, pairs, tmp_path):
+def test_a_damaged_or_missing_shard_is_noticed_and_made_again_when_deleted(sd, prompts, pairs, copy):
+    shard, other = copy / "shard-00001.safetensors", copy / "shard-00002.safetensors"
+    data, good = bytearray(shard.read_bytes()), other.read_bytes()
+    data[-7] ^= 1
+    for damage in (bytes(data), data[:500], b"", None):
+        shard.write_bytes(damage) if damage is not None else shard.unlink()
+        assert PairStore(copy)[0][0]["id"] == "p0"
+        with pytest.raises(SystemExit, match="shard-00001.safetensors is missing or damaged: delete it"):
+            PairStore(copy)[3]
+        if damage is not None:
+            with pytest.raises(SystemExit, match="shard-00001.safetensors is missing or damaged"):
+                build(sd, copy, "--prompts", prompts, *STEPS)
+    other.write_bytes(good[:-1] + b"x")  # must not be vouched for when another shard is made again
+    with pytest.raises(SystemExit, match="shard-00002.safetensors is missing or damaged"):
+        build(sd, copy, "--prompts", prompts, *STEPS)
+    other.write_bytes(good)
+    build(sd, copy, "--prompts", prompts, *STEPS)
+    assert read_folder(copy) == read_folder(pairs)
+
+
+def test_a_changed_table_or_meta_is_noticed(sd, prompts, copy):
+    table = (copy / "pairs.jsonl").read_text()
+    for change in (table.replace("fox", "wolf"), table[:300], "", None):
+        (copy / "pairs.jsonl").write_text(change) if change is not None else (copy / "pairs.jsonl").unlink()
+        with pytest.raises(SystemExit, match="pairs.jsonl is missing or was changed"):
+            PairStore(copy)
+    for change in ("", "{", "[1]", "{}"):
+        (copy / "meta.json").write_text(change)
+        with pytest.raises(SystemExit, match="meta.json cannot be read"):
+            build(sd, copy, "--prompts", prompts, *STEPS)
+
+
+@pytest.mark.parametrize("change", [
+    b"", b"{", b"5", b"\xff", ("id", 4), ("c", " "), ("c", None), ("c_minus", 4), ("row", -1), ("row", "1"), ("row", 0.5),
+    *itertools.product(["shard"], (4, -1, "1", "../../x", 0.0, None, float("inf")))], ids=str)
+def test_a_line_that_is_no_row_is_named_though_the_table_has_its_checksum(change, copy):
+    lines = (copy / "pairs.jsonl").read_bytes().splitlines()
+    lines[4] = change if isinstance(change, bytes) else json.dumps(json.loads(lines[4]) | dict([change])).encode()
+    (copy / "pairs.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    vouch(copy)
+    assert [PairStore(copy)[i][0]["id"] for i in (3, 5)] == ["p3", "p5"]
+    with pytest.raises(SystemExit, match=r"^\S*/pairs.jsonl:5: no row of a pair store.*\Z"):
+        PairStore(copy)[4]
+
+
+def test_a_table_without_all_of_its_lines_is_refused_though_it_has_its_checksum(copy):
+    lines = (copy / "pairs.jsonl").read_text().splitlines(keepends=True)
+    for kept, message in ((lines[:9], "has 9 lines, and not one for each of 10 pairs"), ([], "has no pairs in it")):
+        (copy / "pairs.jsonl").write_text("".join(kept))
+        vouch(copy)
+        with pytest.raises(SystemExit, match=f"pairs.jsonl:? {message}"):
+            PairStore(copy)
+
+
+def test_a_check_names_everything_that_is_wrong_and_nothing_else(sd, prompts, pairs, tmp_path):
+    assert check_store(pairs, models.load_tokenizers(sd)) == []
+    out = tmp_path / "store"
+    build(sd, out, "--prompts", prompts, "--steps", 1, "--shard-size", 1)
+    rows = [json.loads(line) for line in open(out / "pairs.jsonl")]
+    rows[2] |= dict(c="a red hat", c_minus="A  red hat")
+    rows[9] |= dict(c="x " * 75 + "fox", c_minus="x " * 75 + "cup")
+    rows[3]["row"], rows[5]["row"], rows[4]["id"] = 1, 2, "p0"
+    write_lines(out / "pairs.jsonl", rows)
+    changes = {  # of x_0_w and x_0_l of a shard, with its checksum
+        2: lambda w, l: dict(x_0_w=w * 9.5 / w.std(), x_0_l=l * 0.11 / l.std()),  # good
+        3: lambda w, l: dict(x_0_w=w * 10.5 / w.std(), x_0_l=l), 4: lambda w, l: dict(x_0_w=w, x_0_l=l * 0.09 / l.std()),
+        5: lambda w, l: dict(x_0_w=torch.cat([w, w, w]), x_0_l=torch.cat([l, l.where(l < l.max(), torch.nan), l])),
+        6: lambda w, l: dict(x_0_w=w[..., :7].contiguous(), x_0_l=l), 7: lambda w, l: dict(x_0_w=w)}
+    for s, change in changes.items():
+        x_0 = load_file(shard_path(out, s))
+        save_file(change(x_0["x_0_w"], x_0["x_0_l"]), shard_path(out, s))
+    vouch(out, *changes)
+    os.remove(shard_path(out, 0))
+    os.truncate(shard_path(out, 8), os.path.getsize(shard_path(out, 8)) - 8)
+    with open(shard_path(out, 1), "rb+") as file:
+        last = file.read()[-1]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    expected = ["2 pairs have the id p0", "pair p2: c and c_minus are the same to the model", "pair p9: c and c_minus are the same",
+                r"0\.\S+ is missing or damaged", r"1\.\S+ is missing or damaged", r"3\.\S+: x_0_w has a deviation of 10.5",
+                r"4\.\S+: x_0_l has a deviation of 0.09", r"5\.\S+: x_0_l is not finite in rows \[1\]",
+                r"6\.\S+: x_0_w has shape \[1, 4, 8, 7\], not pairs of \[4, 8, 8\]", r"7\.\S+: not a shard of a pair store",
+                r"8\.\S+ is missing or damaged", "pair p3 is row 1 of a shard of 1"]
+    found = check_store(out, models.load_tokenizers(sd))
+    assert len(found) == len(expected) and all(re.search(wanted, line) for wanted, line in zip(expected, found)), found
+
+
+def test_a_folder_with_other_files_is_not_made_a_store(sd, prompts, copy, tmp_path):
+    (copy / "meta.json").unlink()  # its shards could be of any settings
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pairs.jsonl").write_text(open(prompts).read())  # a user's own file of that name
+    for out, given in ((copy, prompts), (tmp_path / "data", tmp_path / "data" / "pairs.jsonl")):
+        before = read_folder(out)
+        with pytest.raises(SystemExit, match="holds other files and no meta.json"):
+            build(sd, out, "--prompts", given, *STEPS)
+        assert read_folder(out) == before
+
+
+GOOD = dict(id="1", c="a fox", winner="plain.png", loser="wide.png")
+
+
+def test_a_store_is_not_continued_with_other_settings_prompts_or_images(sd, prompts, photos, pairs, tmp_path):
     (tmp_path / "other.jsonl").write_text(open(prompts).read().replace("fox", "wolf"))
-    with pytest.raises(SystemExit, match="other prompts than .*other.jsonl has"):
-        build_pairs.main(["--model", sd, "--prompts", str(tmp_path / "other.jsonl"), "--out", pairs, *STEPS])
+    ten = write_lines(photos[0] / "ten.jsonl", [GOOD | dict(id=str(i)) for i in range(10)])
+    ours = ["--prompts", prompts, *STEPS]
+    for flags, message in (
+            ([*ours, "--guidance", 3], "guidance 7.5, not 3.0"), ([*ours, "--steps", 4], "steps 2, not 4"),
+            ([*ours, "--seed", 1], "seed 0, not 1"), ([*ours, "--shard-size", 5], "shard_size 3, not 5"),
+            ([*ours, "--prompts", tmp_path / "other.jsonl"], "other prompts than .*other.jsonl has"),
+            (["--from-images", ten, "--shard-size", 3], "other prompts than .*ten.jsonl has")):
+        with pytest.raises(SystemExit, match=f"the pair store {pairs} was begun with {message}: use the same again"):
+            build(sd, pairs, *flags)
 
 
-def test_latents_that_are_not_finite_are_not_stored(sd, prompts, tmp_path, monkeypatch):
-    real = models.StableDiffusion.sample
-
-    def sample(self, c, *rest):
-        x_0 = real(self, c, *rest)
-        x_0[len(c) // 2 + 1, 0, 0, 0] = float("nan")  # the second loser
-        return x_0
-
-    monkeypatch.setattr(models.StableDiffusion, "sample", sample)
-    with pytest.raises(SystemExit, match=r"the pairs \['p1'\] are not finite"):
-        build_pairs.main(["--model", sd, "--prompts", prompts, "--out", str(tmp_path / "store"), *STEPS])
-    assert not os.path.exists(tmp_path / "store" / "shard-00000.safetensors")
-
-
-@pytest.mark.parametrize("line, message", [
-    ('{"id": "x", "c": "same", "c_minus": "same"}', "bad.jsonl:1: c is empty, or c_minus is the same"),
-    ('{"id": "x", "c": "", "c_minus": "b"}', "bad.jsonl:1: c is empty"),
-    ('{"c": "no c_minus"}', "bad.jsonl:1: not a JSON object with texts c, c_minus"), ("", "has no prompts"),
-])
-def test_bad_prompts_are_named(line, message, sd, tmp_path):
-    (tmp_path / "bad.jsonl").write_text(line + "\n")
-    with pytest.raises(SystemExit, match=message):
-        build_pairs.main(["--model", sd, "--prompts", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "store")])
+@pytest.mark.parametrize("flag, row, message", [
+    ("--prompts", dict(c="same", c_minus="same"), "2: c is empty, or c_minus is the same as c"),
+    ("--prompts", dict(c="", c_minus="b"), "2: c is empty"), ("--prompts", dict(c="x"), "2: not a JSON object with texts c, c_minus"),
+    ("--prompts", None, "has no prompts"), ("--from-images", None, "has no pairs in it"),
+    ("--from-images", GOOD | dict(loser="none.png"), "2: c is empty, or there is no file .*none.png"),
+    ("--from-images", GOOD | dict(winner="deep"), "2: c is empty, or there is no file .*deep"),
+    ("--from-images", GOOD | dict(c=" "), "2: c is empty"), ("--from-images", GOOD | dict(id="0"), "2: the id 0 is already that of"),
+    ("--from-images", dict(c="a fox", winner="plain.png"), "2: not a JSON object with texts c, winner, loser")])
+def test_a_bad_line_is_named_and_nothing_is_begun(flag, row, message, sd, photos, tmp_path):
+    rows = [GOOD | dict(id="0", c_minus="b"), row, GOOD | dict(id="2", c_minus="b")] if row else []
+    with pytest.raises(SystemExit, match=f"bad.jsonl[: ]{message}"):
+        build(sd, tmp_path / "store", flag, write_lines(photos[0] / "bad.jsonl", rows))
     assert not os.path.exists(tmp_path / "store")
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--prompts", "none.jsonl"], "no file none.jsonl: make it with  python perturb.py"),
-    (["--prompts", __file__], "must be the .jsonl file"), (["--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
-    (["--seed", "-1"], "--seed must be 0 or more"), (["--out", __file__], "cannot write into .*File exists"), (["--guidance", "nan"], "--guidance must be 0 or more, not nan"),
-])
+    (["--prompts", "none.jsonl"], "no file none.jsonl: make it with  python perturb.py"), (["--prompts", __file__], "must be the .jsonl file"),
+    (["--batch-size", "0"], "--batch-size must be 1 or more, not 0"), (["--shard-size", "0"], "--shard-size must be 1 or more"),
+    (["--steps", "0"], "--steps must be 1 or more"), (["--seed", "-1"], "--seed must be 0 or more"),
+    (["--guidance", "nan"], "--guidance must be 0 or more, not nan"), (["--out", __file__], "cannot write into .*File exists"),
+    *[(["--from-images", path], rf"--from-images {path}\S*: must be a folder with a metadata.jsonl, or such a .jsonl file")
+      for path in (os.path.dirname(__file__), __file__, "none.jsonl")],
+    *[(["--from-images", ".", flag, value], f"{flag} goes with pairs that are generated, not with --from-images")
+      for flag, value in (("--prompts", "1"), ("--steps", "1"), ("--guidance", "1"), ("--seed", "1"), ("--negatives", "none"))]])
 def test_mistakes_end_in_one_sentence(flags, message, sd, prompts):
     with pytest.raises(SystemExit, match=message):
         build_pairs.main(["--model", sd, *(["--prompts", prompts] if "--out" in flags else []), *flags])
+
+
+def test_inspect_says_and_draws_what_is_in_a_store(sd, pairs, tmp_path, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(build_pairs.evaluate, "draw_pairs", lambda columns, path: drawn.update({path: columns}))
+    build_pairs.main(["--inspect", pairs + "/"])
+    said, store = capsys.readouterr().out, PairStore(pairs)
+    rows = list(store.rows)
+    words = sorted(len(row["c"].split()) for row in rows)
+    assert f"c: 10 prompts; words: 0% {words[0]}," in said and f"100% {words[-1]}\n" in said and '"steps": 2' in said
+    x_0_l = torch.stack([store[i][2] for i in range(10)])
+    assert f"x_0_l of 10 pairs: mean {x_0_l.mean():.3f}, deviation {x_0_l.std():.3f}" in said
+    (path, ((_, winners, c), (_, losers, c_minus))), = drawn.items()
+    assert path == pairs + ".png" and c == [rows[i]["c"] for i in (0, 2, 4, 6)] and c_minus == [rows[i]["c_minus"] for i in (0, 2, 4, 6)]
+    model = models.load(sd)
+    for images, side in ((winners, 1), (losers, 2)):
+        latents = torch.stack([store[i][side] for i in (0, 2, 4, 6)]) / model.pipe.vae.config.scaling_factor
+        with torch.no_grad():
+            expected = (model.pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        ours = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2) / 255
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0.01)
+    for arguments in (["--inspect", pairs, "--seed", "3"], []):
+        with pytest.raises(SystemExit, match="2"):
+            build_pairs.main(arguments)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_makes_the_same_pairs(sd, prompts, pairs, tmp_path, monkeypatch):
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile_(net, backend="aot_eager"))
+    build(sd, tmp_path / "store", "--prompts", prompts, "--compile", *STEPS)
+    for i, (_, *pair) in enumerate(PairStore(tmp_path / "store")[i] for i in range(10)):
+        for x, y in zip(pair, PairStore(pairs)[i][1:]):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)

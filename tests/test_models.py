@@ -1,67 +1,175 @@
-"""models.py on a small random-weight Stable Diffusion of the real classes."""
+"""models.py on small random-weight models of every family, against diffusers' own pipelines and schedulers."""
 
+import copy
+import inspect
 import json
 import os
 import shutil
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 
 import models
 
+PROMPTS = ["a red fox", "a blue cup on a hill"]
+T = torch.arange(1000)
+close = torch.testing.assert_close
+
+
+@pytest.fixture(scope="module", params=tiny_models.FAMILIES)
+def model(request, family_folders):
+    model = models.load(family_folders[request.param])
+    model.family, model.folder = request.param, family_folders[request.param]
+    return model
+
 
 @pytest.fixture(scope="module")
-def model(sd):
-    return models.load(sd)
+def theirs(model):
+    return diffusers.DiffusionPipeline.from_pretrained(model.folder)
 
 
-def test_noise_is_diffusers_forward_process_in_float32(model):
-    x_0, eps = torch.randn(1000, 4, 8, 8), torch.randn(1000, 4, 8, 8)
-    t = torch.arange(1000)
-    expected = DDPMScheduler.from_config(model.pipe.scheduler.config).add_noise(x_0, eps, t)
-    torch.testing.assert_close(model.noise(x_0, t, eps), expected, rtol=1e-5, atol=1e-6)
-    half = model.noise(x_0.bfloat16(), t, eps.bfloat16())  # in bfloat16 itself, sigma would be 0 at t = 0 and 1
-    assert half.dtype == torch.float32
-    assert (half - model.noise(x_0.bfloat16() * 0, t, eps.bfloat16() * 0)).flatten(1).std(1).min() > 0.5
-    alone = model.noise(torch.zeros(1000, 4, 8, 8).bfloat16(), t, eps.bfloat16())
-    torch.testing.assert_close(alone[:2].std(), eps[:2].std() * (1 - model.alpha_bar[:2]).sqrt().mean(), rtol=0.1, atol=0)
+def as_a_user(pipe, x_T, guidance=4.0, **more):
+    more |= dict(use_resolution_binning=False) if isinstance(pipe, diffusers.SanaPipeline) else {}
+    return pipe(PROMPTS, latents=x_T, num_inference_steps=3, guidance_scale=guidance, height=64, width=64, **more).images
 
 
-def test_different_prompts_are_encoded_differently_and_as_the_pipeline_does(model):
-    c = model.encode(["a red fox", "a red", ""])
-    assert c.shape == (3, 77, 32) and not c.requires_grad
-    assert min((c[i] - c[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
-    ids = model.pipe.tokenizer(["a red"], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    torch.testing.assert_close(c[1:2], model.pipe.text_encoder(ids)[0])
+def first_call(net, run):
+    """What `run` gives net in its first call, by the names of the arguments."""
+    calls, bind = [], inspect.signature(net.forward).bind
+    hook = net.register_forward_pre_hook(lambda _, args, kwargs: calls.append(bind(*args, **kwargs).arguments), with_kwargs=True)
+    run()
+    hook.remove()
+    return calls[0]
 
 
-def test_predict_is_the_networks_own_output_and_depends_on_everything(model):
-    x_t, t, c = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), model.encode(["a red fox", "a red"])
-    eps = model.predict(model.net, x_t, t, c)
-    torch.testing.assert_close(eps, model.net(x_t, t, c).sample)
-    for other in ((x_t.roll(1, 0), t, c), (x_t, t.roll(1), c), (x_t, t, c.roll(1, 0))):
-        assert (model.predict(model.net, *other) - eps).abs().max() > 1e-4
+def inputs(model):
+    """x_t, t and c of two prompts."""
+    x_t = torch.stack([models.initial_noise(seed, model.latent_shape) for seed in (4, 5)])
+    return x_t, torch.tensor([30, 900]), model.encode(PROMPTS)
 
 
-def test_time_steps_are_uniform_over_all_of_them(model):
-    rng = np.random.default_rng(0)
-    t = torch.tensor([model.sample_t(rng) for _ in range(20000)])
-    assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 8
-    counts = torch.bincount(t // 100)
-    assert counts.min() > 1800 and counts.max() < 2200
+def edited(folder, path, file, **changes):
+    """A copy of the folder with some entries of one of its json files changed, or with None removed."""
+    shutil.copytree(folder, path)
+    config = json.loads((path / file).read_text()) | changes
+    (path / file).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return str(path)
 
 
-def test_sampling_is_the_pipelines_own_with_guidance(sd, model):
-    x_T = torch.stack([models.initial_noise(s, model.latent_shape) for s in (4, 5)])
-    ours = model.sample(model.encode(["a red fox", "a blue cup"]), x_T, 3, 7.5)
-    pipe = StableDiffusionPipeline.from_pretrained(sd, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(["a red fox", "a blue cup"], latents=x_T, num_inference_steps=3, guidance_scale=7.5, output_type="latent")
-    torch.testing.assert_close(ours, theirs.images)
-    without = model.sample(model.encode(["a red fox", "a blue cup"]), x_T, 3, 1.0)
-    assert (ours - without).abs().max() > 1e-3
+def test_noise_and_target_are_those_of_diffusers_in_float32_also_for_half_latents(model):
+    torch.manual_seed(0)
+    x_0, eps = (torch.randn(1000, *model.latent_shape).bfloat16() for _ in range(2))
+    half = models.load(model.folder, dtype=torch.bfloat16)
+    flow, x, e = model.net_name == "transformer", x_0.float(), eps.float()
+    if flow:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        x_t, target = scheduler.scale_noise(x, scheduler.timesteps.flip(0), e), e - x
+    else:
+        scheduler = diffusers.DDPMScheduler.from_config(model.pipe.scheduler.config, clip_sample=False)
+        x_t, target = scheduler.add_noise(x, e, T), scheduler.get_velocity(x, e, T) if model.family == "sd2" else e
+    assert model.num_train_timesteps == 1000
+    for one in (model, half):  # in bfloat16 itself, the noise would be 0 at t = 0 and 1 (sd)
+        ours, our_target = one.noise(x_0, T, eps), one.target(x_0, T, eps)
+        assert ours.dtype == our_target.dtype == torch.float32
+        close(ours, x_t, rtol=1e-5, atol=2e-6)
+        close(our_target, target, rtol=1e-5, atol=2e-6)
+    for t in (0, 1, 500, 999):  # a network that said the target would give x_0 back
+        if flow:
+            scheduler.set_timesteps(sigmas=[(t + 1) / 1000])  # one step to 0
+            found = scheduler.step(our_target[t], scheduler.timesteps[0], ours[t]).prev_sample
+        else:
+            found = scheduler.step(our_target[t], t, ours[t]).pred_original_sample
+        close(found, x[t], rtol=1e-3, atol=2e-4)
+
+
+def test_only_sd3_weights_beta_by_sigma_squared_and_draws_t_from_the_logit_normal_law(model):
+    sigma = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas.flip(0)[-1000:]
+    close(model.weight(T), sigma**2 if model.family == "sd3" else torch.ones(1000))
+    rng, n = np.random.default_rng(0), 40000
+    t = torch.tensor([model.sample_t(rng) for _ in range(n)])
+    edges = torch.arange(0, 1.01, 0.05, dtype=torch.float64)
+    cdf = torch.special.ndtr(torch.logit(edges)) if model.family == "sd3" else edges
+    counts, expected = torch.bincount(t // 50, minlength=20), n * cdf.diff()
+    chi_squared = ((counts - expected) ** 2 / expected)[expected > 5].sum()
+    assert len(counts) == 20 and chi_squared < 43.8  # 0.1 % of chi-squared with 19 degrees of freedom
+    assert t.min() >= 0 and t.max() <= 999 and (model.family == "sd3" or t.min() == 0 and t.max() == 999)
+
+
+def test_encode_gives_what_the_pipeline_gives_its_network(model, theirs):
+    x_T, _, c = inputs(model)
+    call = first_call(getattr(theirs, model.net_name), lambda: as_a_user(theirs, x_T))
+    call |= call.get("added_cond_kwargs") or {}
+    expected = dict(prompt_embeds=call["encoder_hidden_states"], prompt_attention_mask=call.get("encoder_attention_mask"),
+                    pooled_prompt_embeds=call.get("text_embeds", call.get("pooled_projections")))
+    empty = model.encode(["", ""], empty=True)
+    assert c.keys() == empty.keys() == {name for name, x in expected.items() if x is not None}
+    for name in c:
+        assert c[name].dtype == torch.float32 and not c[name].requires_grad
+        close(torch.cat([empty[name], c[name]]), expected[name].float())
+        assert (c[name][0] - c[name][1]).abs().max() > 1e-3
+        assert (empty[name].count_nonzero() == 0) == (model.family == "sdxl")
+
+
+def test_predict_is_the_network_called_as_the_pipeline_calls_it(model, theirs, tmp_path):
+    family = model.family
+    if family == "sana":  # as SANA-Sprint has it; else 1
+        folder = edited(model.folder, tmp_path / "scaled", "transformer/config.json", timestep_scale=0.5)
+        model, theirs = models.load(folder), diffusers.DiffusionPipeline.from_pretrained(folder)
+    x_t, t, c = inputs(model)
+    empty = model.encode(["", ""], empty=True)
+    x_t, t, c = torch.cat([x_t, x_t + 1]), torch.tensor([0, 30, 500, 900]), {name: torch.cat([empty[name], c[name]]) for name in c}
+    net = getattr(theirs, model.net_name)
+    call = first_call(net, lambda: as_a_user(theirs, x_t[:2]))
+    time = FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps.flip(0)[t] if family in ("sana", "sd3") else t
+    call |= {"timestep": time / 2 if family == "sana" else time, "sample" if "sample" in call else "hidden_states": x_t}
+    close(first_call(model.net, lambda: model.predict(model.net, x_t, t, c))["timestep"], call["timestep"])
+    with torch.no_grad():
+        prediction = model.predict(model.net, x_t, t, c)
+        close(prediction, net(**call)[0], rtol=1e-3, atol=1e-4)
+        for other in [(x_t.roll(1, 0), t, c), (x_t, t.roll(1), c), *[(x_t, t, c | {name: c[name].roll(1, 0)}) for name in c]]:
+            assert (model.predict(model.net, *other) - prediction).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sampling_is_the_pipeline_called_with_the_prompts(model, theirs, guidance):
+    x_T, _, c = inputs(model)
+    ours = models.sample(model, c, x_T, 3, guidance)
+    close(ours, as_a_user(theirs, x_T, guidance, output_type="latent"), rtol=1e-3, atol=1e-4)
+    assert (ours - models.sample(model, c, x_T, 3, guidance + 1)).abs().max() > 1e-3
+    for a, b in zip(models.sample(model, c, x_T, 3, guidance, "pil"), as_a_user(theirs, x_T, guidance)):
+        assert a.size == (64, 64) and np.abs(np.int16(a) - np.int16(b)).max() <= 1
+
+
+def test_under_autocast_sampling_runs_the_text_encoders_without_it(model):
+    x_T, _, c = inputs(model)
+    new = models.load(model.folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        call = first_call(new.net, lambda: models.sample(new, c, x_T, 1, 4.0))
+    expected = torch.cat([model.encode(["", ""], empty=True)["prompt_embeds"], c["prompt_embeds"]])
+    close(call["encoder_hidden_states"], expected, rtol=0, atol=1e-6)
+
+
+def test_x_0_is_the_pipelines_latents_and_encode_images_their_mean(model, theirs):
+    factor, shift = models.latent_scale(model)
+    x_0, images = (as_a_user(theirs, inputs(model)[0], output_type=kind) for kind in ("latent", "pt"))
+    torch.manual_seed(0)
+    pixels, half = torch.rand(2, 3, 64, 64) * 2 - 1, models.load(model.folder, dtype=torch.float16)
+    with torch.no_grad():
+        close((theirs.vae.decode(x_0 / factor + shift).sample / 2 + 0.5).clamp(0, 1), images)
+        for image, expected in zip(models.decode(model, x_0), images.permute(0, 2, 3, 1)):
+            assert np.abs(np.asarray(image) - 255 * expected.numpy()).max() <= 1
+        for one in (model, half):  # of half precision are then only the weights
+            code = copy.deepcopy(one.pipe.vae).float().encode(pixels)
+            mean = code.latent if model.family == "sana" else code.latent_dist.mean
+            ours = models.encode_images(one, pixels)
+            assert ours.dtype == torch.float32 and (models.encode_images(one, pixels) == ours).all()
+            close(ours, (mean - shift) * factor)
 
 
 def test_initial_noise_is_a_function_of_the_seed():
@@ -70,28 +178,172 @@ def test_initial_noise_is_a_function_of_the_seed():
     assert abs(a.mean()) < 0.03 and abs(a.std() - 1) < 0.03 and abs((a * b).mean()) < 0.03
 
 
-def test_loaded_in_one_precision_without_safety_checker(sd):
-    model = models.load(sd, dtype=torch.bfloat16)
-    parts = [model.net, model.pipe.text_encoder, model.pipe.vae]
-    assert {p.dtype for part in parts for p in part.parameters()} == {torch.bfloat16}
-    assert model.pipe.safety_checker is None
-    assert model.alpha_bar.dtype == torch.float32
+def test_prompts_are_the_same_to_the_model_where_it_encodes_them_the_same(model):
+    """CLIP reads 77 tokens, two of them its own; T5 256; Gemma 300. A token of the tiny tokenizers is a letter."""
+    pairs = [("a" * k + "y", "a" * k + "z") for k in (10, 74, 75, 100, 253, 254, 280, 300)]
+    rows = [dict(id=c, c=c, c_minus=c_minus) for c, c_minus in pairs] + [dict(id="none", c="a", c_minus=None)]
+    encoded = [model.encode(pair) for pair in pairs]
+    expected = [c for (c, _), e in zip(pairs, encoded) if all((x[0] == x[1]).all() for x in e.values())]
+    assert models.same_to_the_model(models.load_tokenizers(model.folder), rows) == expected
+    assert [len(c) for c in expected] == dict(sana=[301], sd3=[255, 281, 301]).get(model.family, [76, 101, 254, 255, 281, 301])
 
 
-def test_what_cannot_be_loaded_is_said_in_a_sentence(sd, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("said", ["shift", "flow_shift"])
+def test_the_shift_is_used_by_the_noise_and_the_sampler_whatever_its_name_in_the_file(family_folders, tmp_path, scheduler, said):
+    file, other = "scheduler/scheduler_config.json", dict(shift="flow_shift", flow_shift="shift")[said]
+    folder = edited(family_folders["sana"], tmp_path / "class", "model_index.json", scheduler=["diffusers", scheduler.__name__])
+    folder = edited(folder, tmp_path / said, file, _class_name=scheduler.__name__, **{said: 2.0, other: None})
+    model, one, s = models.load(folder), torch.ones(1000, 1, 1, 1), (T + 1) / 1000
+    close(model.noise(one * 0, T, one).flatten(), 2 * s / (1 + s))
+    expected = scheduler(shift=2.0) if scheduler == FlowMatchEulerDiscreteScheduler else scheduler(
+        flow_shift=2.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    for x in (expected, model.pipe.scheduler):
+        x.set_timesteps(10)
+    close(model.pipe.scheduler.sigmas, expected.sigmas)
+    for i, change in enumerate([{said: None}, dict(use_dynamic_shifting=True)]):
+        with pytest.raises(SystemExit, match="gives no fixed shift or flow_shift: the noise is unknown"):
+            models.load(edited(folder, tmp_path / f"refused-{i}", file, **change))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0, 300.0])
+def test_sanas_attention_is_diffusers_own_and_finite_in_float16_where_that_is_not(family_folders, factor):
+    """Keys of 0 divide 0 by 0 in float16, whose 1e-15 is 0; large ones overflow in the sum over tokens."""
+    net = diffusers.SanaTransformer2DModel.from_pretrained(family_folders["sana"], subfolder="transformer")
+    ours, theirs = (x.transformer_blocks[1].attn1 for x in (models.load(family_folders["sana"]).net, net))
+    for attention in (ours, theirs):
+        if factor == 1:  # SANA-1.5 has some
+            attention.norm_q, attention.norm_k = torch.nn.Softplus(), torch.nn.Tanhshrink()
+        attention.to_k.weight.data *= factor
+    torch.manual_seed(0)
+    x, dtypes = torch.randn(2, 4096, 16), []
+    with torch.no_grad():
+        exact = ours(x)
+        close(exact, theirs(x))
+        for layer in (ours.to_q, ours.to_k, ours.to_v, ours.to_out[0]):
+            layer.register_forward_hook(lambda _, x, y: dtypes.append(y.dtype))
+        with torch.autocast("cpu", torch.float16):
+            half, half_theirs = ours(x), theirs(x)
+    assert dtypes == [torch.float16] * 4 and (factor == 1 or not half_theirs.isfinite().all())
+    close(half.float(), exact, rtol=0.02, atol=1e-2)
+
+
+def random_adapter(model, folder, seed):
+    """Gives model's network an adapter "theta" with random weights, and writes it as train.export does."""
+    models.add_lora(model.net, 2 + seed % 2)
+    torch.manual_seed(seed)
+    weights = {name: torch.randn_like(p) / 2 for name, p in model.net.named_parameters() if p.requires_grad}
+    model.net.load_state_dict(weights, strict=False)
+    weights = {name.replace(".theta.", "."): x for name, x in weights.items()}
+    type(model.pipe).save_lora_weights(str(folder), **{model.net_name + "_lora_layers": weights})
+    return str(folder)
+
+
+def with_lora(model, adapter, x):
+    """The prediction of a separately loaded pipeline that has the adapter as its users load it."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model.pipe.name_or_path)
+    if adapter:
+        pipe.load_lora_weights(adapter)
+    return model.predict(getattr(pipe, model.net_name), *x)
+
+
+def test_lora_trains_adapters_of_all_attention_projections_and_starts_at_the_reference(model):
+    model = models.load(model.folder)
+    x, net = inputs(model), model.net
+    before = model.predict(net, *x)
+    attention = [(name, module) for name, module in net.named_modules() if type(module).__name__ == "Attention"]
+    projections = {f"{name}.{part}" for name, module in attention for part, layer in module.named_modules()
+                   if isinstance(layer, torch.nn.Linear)}
+    models.add_lora(net, 3)
+    assert (model.predict(net, *x) == before).all()
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert trained.keys() == {f"{name}.lora_{ab}.theta.weight" for name in projections for ab in "AB"}
+    assert {min(p.shape) for p in trained.values()} == {3}
+    model.predict(net, *x).square().mean().backward()
+    assert {name for name, p in net.named_parameters() if p.grad is not None} == trained.keys()
+
+
+@torch.no_grad()
+def test_one_network_serves_theta_the_reference_the_winner_and_the_loser(model, tmp_path):
+    saved = {name: random_adapter(models.load(model.folder), tmp_path / name, i) for i, name in enumerate(["winner", "loser"])}
+    model = models.load(model.folder)
+    x, net = inputs(model), model.net
+    saved |= dict(theta=random_adapter(model, tmp_path / "theta", 7), ref=None)
+    policies = dict(theta=net, ref=models.with_adapter(net))
+    policies |= {name: models.load_policy(saved[name], name, net, model) for name in ("winner", "loser")}
+    predictions = {}
+    for name in ("winner", "theta", "ref", "loser", "theta", "winner"):  # whatever ran before
+        predictions[name] = model.predict(policies[name], *x)
+        close(predictions[name], with_lora(model, saved[name], x), rtol=1e-3, atol=1e-4)
+        assert net.active_adapters() == ["theta"]
+        assert all(p.requires_grad == (".theta." in n) for n, p in net.named_parameters())
+    assert min((predictions[a] - predictions[b]).abs().max() for a in policies for b in policies if a != b) > 1e-3
+    with pytest.raises(TypeError):
+        policies["winner"]()
+    assert net.active_adapters() == ["theta"]
+
+
+@torch.no_grad()
+def test_the_frozen_copy_of_full_training_serves_adapters_and_does_not_follow_the_student(model, tmp_path):
+    adapter, folder = random_adapter(models.load(model.folder), tmp_path, 0), model.folder
+    model = models.load(folder)
+    x, base = inputs(model), copy.deepcopy(model.net).requires_grad_(False)
+    winner, whole = models.load_policy(adapter, "winner", base, model), models.load_policy(folder, "loser", base, model)
+    for p in model.net.parameters():
+        p.mul_(1.5)
+    for policy, expected in ((winner, adapter), (base, None), (whole, None)):
+        close(model.predict(policy, *x), with_lora(model, expected, x), rtol=1e-3, atol=1e-4)
+    assert (model.predict(model.net, *x) - model.predict(base, *x)).abs().max() > 1e-3
+    assert not any(p.requires_grad for net in (base, whole) for p in net.parameters())
+    assert all(p.requires_grad for p in model.net.parameters())
+
+
+@pytest.mark.parametrize("adapter, of, message", [
+    ("sd", "sana", "it has nothing for its transformer"), ("sana", "sd", "it has nothing for its unet"),
+    ("sana", "sd3", "Target modules .* not found"), ("sd", "sdxl", ".*")])
+def test_an_adapter_of_another_model_is_refused_in_a_sentence(family_folders, tmp_path, adapter, of, message):
+    random_adapter(models.load(family_folders[adapter]), tmp_path, 0)
+    model = models.load(family_folders[of])
+    with pytest.raises(SystemExit, match=f"--winner .* is no adapter for this model: {message}") as stop:
+        models.load_policy(str(tmp_path), "winner", model.net, model)
+    assert "\n" not in str(stop.value)
+
+
+def test_loaded_without_safety_checker_in_the_given_precision_but_for_what_float16_breaks(model):
+    wide = dict(sana=["text_encoder", "vae"], sd3=["text_encoder_3"]).get(model.family, [])
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    for dtype, net_dtype in ((float32, None), (bfloat16, None), (float16, None), (float16, float32), (bfloat16, float32)):
+        one = models.load(model.folder, dtype=dtype, net_dtype=net_dtype)
+        for name, part in one.pipe.components.items():
+            expected = bfloat16 if name in wide and dtype == float16 else dtype
+            expected = net_dtype or dtype if name == one.net_name else expected
+            assert not isinstance(part, torch.nn.Module) or {p.dtype for p in part.parameters()} == {expected}, name
+        assert one.dtype == one.net.dtype == (net_dtype or dtype)
+        assert getattr(one.pipe, "safety_checker", None) is None
+    assert {x.dtype for x in one.encode(PROMPTS).values()} == {float32}  # what the network takes
+
+
+def test_what_cannot_be_loaded_is_said_in_a_sentence_and_code_of_a_model_never_runs(family_folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="there is no runs/shapes-0/reference yet: make it with  python shapes.py"):
-        models.load("shapes")
-    with pytest.raises(SystemExit, match="nothing is no preset"):
-        models.load(str(tmp_path / "nothing"))
-    for file, key, value, message in (("model_index.json", "_class_name", "FluxPipeline", "FluxPipeline; supported are"),
-                                      ("scheduler/scheduler_config.json", "prediction_type", "v_prediction", "only epsilon")):
-        folder = tmp_path / key
-        shutil.copytree(sd, folder)
-        config = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(config | {key: value}))
+    sd = family_folders["sd"]
+    flux = edited(sd, tmp_path / "flux", "model_index.json", _class_name="FluxPipeline")
+    says_x_0 = edited(sd, tmp_path / "x_0", "scheduler/scheduler_config.json", prediction_type="sample")
+    for name, message in (("shapes", "there is no runs/shapes-0/reference yet: make it with  python shapes.py"),
+                          (str(tmp_path / "nothing"), "nothing is no preset"), (flux, "is a FluxPipeline; supported are Stable"),
+                          (says_x_0, "predicts sample; only epsilon and v_prediction")):
         with pytest.raises(SystemExit, match=message):
-            models.load(str(folder))
+            models.load(name)
+    for part, name, pickle in (("unet", "diffusion_pytorch_model", "diffusion_pytorch_model"), ("text_encoder", "model", "pytorch_model")):
+        weights = Path(edited(sd, tmp_path / part, "model_index.json")) / part / f"{name}.safetensors"
+        torch.save(load_file(weights), weights.with_name(pickle + ".bin"))  # which may run code
+        weights.unlink()
+        with pytest.raises(SystemExit, match=f"safetensors only.*Error no file named {weights.name}"):
+            models.load(str(tmp_path / part))
+    custom = edited(sd, tmp_path / "custom", "model_index.json", unet=["mine", "MyUNet"])
+    Path(custom, "unet", "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises((SystemExit, ValueError), match="custom code in mine.py"):
+        models.load(custom)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_alone_there_is_one_process(monkeypatch):

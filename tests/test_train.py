@@ -194,6 +194,16 @@ def test_other_negatives_are_another_prompts_winner(negatives, pairs):
     assert set(others) == set(range(10)) - {3}
 
 
+def test_variants_without_made_losers_need_winners_only(sd, prompts, pairs, tmp_path):
+    build_pairs.main(["--model", sd, "--prompts", prompts, "--out", str(tmp_path / "winners"), "--steps", "2", "--negatives", "none"])
+    for name in ("rand-positive", "not-paired"):
+        expected = run(sd, pairs, tmp_path / name, "--updates", 2, "--negatives", name)
+        weights = run(sd, str(tmp_path / "winners"), tmp_path / f"{name}-2", "--updates", 2, "--negatives", name)
+        assert same(weights, expected, atol=2e-5, outliers=1000)  # latents were made in batches of another size
+    with pytest.raises(SystemExit, match="holds winners only: take --negatives rand-positive or not-paired"):
+        run(sd, str(tmp_path / "winners"), tmp_path / "generated", "--updates", 2)
+
+
 def test_the_variants_of_the_negatives_differ(sd, pairs, straight, tmp_path):
     results = [run(sd, pairs, tmp_path / name, "--updates", 6, "--negatives", name) for name in ("rand-positive", "not-paired")]
     assert not same(*results, atol=1e-5) and not any(same(r, straight[1], atol=1e-5) for r in results)
