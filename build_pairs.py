@@ -195,9 +195,9 @@ def read_image_pairs(path):
         sys.exit(f"--from-images {path}: must be a folder with a metadata.jsonl, or such a .jsonl file: a line a pair, "
                  "with c, winner and loser.")
     folder, rows = os.path.dirname(path), read_rows(path, ["c", "winner", "loser"])
-    stop_if_bad(path, [f"{path}:{number}: c is empty, or there is no file {os.path.join(folder, name)}"
-                       for number, _, c, *files in rows for name in files
-                       if not c or not os.path.isfile(os.path.join(folder, name))])
+    stop_if_bad(path, [f"{path}:{number}: c is empty, winner and loser are the same, or one of {files} is not there"
+                       for number, _, c, *files in rows if not c or files[0] == files[1] or
+                       not all(os.path.isfile(os.path.join(folder, name)) for name in files)])
     if not rows:
         sys.exit(f"{path} has no pairs in it.")
     return [dict(id=name, c=c, c_minus=None, winner=os.path.join(folder, winner), loser=os.path.join(folder, loser))
@@ -209,7 +209,7 @@ def read_image(path, size):
     try:
         with Image.open(path) as image:
             image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:  # all Pillow's
         sys.exit(f"{path} cannot be read as an image ({error}): mend it or take its pair out.")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
@@ -359,12 +359,13 @@ def main(argv=None):
         if args.compile:
             model.net.compile()
         todo = [s for s in shards if not os.path.exists(shard_path(args.out, s))]
-        if "checksums" in meta and not todo:
+        if "checksums" in meta:  # complete once: what is there must be as it was then
             store = PairStore(args.out)
-            for s in shards:
+            for s in set(shards) - set(todo):
                 store.shard(s)
-            print(f"{args.out} is complete: {len(rows)} pairs; nothing was done") if rank == 0 else None
-            return
+            if not todo:
+                print(f"{args.out} is complete: {len(rows)} pairs; nothing was done") if rank == 0 else None
+                return
         if world > 1:
             dist.barrier()  # all have seen the same list of shards before any adds to them
         mine = todo[rank::world]
@@ -380,11 +381,7 @@ def main(argv=None):
         if world > 1:
             dist.barrier()
         if rank == 0:
-            checksums = [checksum(shard_path(args.out, s)) for s in shards]
-            for s in set(shards) - set(todo):  # where some shards were made again, the others must be as before
-                if checksums[s] != meta.get("checksums", checksums)[s]:
-                    sys.exit(f"{shard_path(args.out, s)} is missing or damaged: delete it and run this command again.")
-            meta["checksums"] = checksums
+            meta["checksums"] = [checksum(shard_path(args.out, s)) for s in shards]
             write_text(os.path.join(args.out, "meta.json"), json.dumps(meta, indent=1) + "\n")
             print(f"wrote {args.out}: {len(rows)} pairs in {len(shards)} shards")
 

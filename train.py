@@ -325,7 +325,10 @@ def export(args, model, state):
         tuned = models.load(args.model)
         tuned.net.load_state_dict(state)
         tuned.pipe.save_pretrained(folder + ".partial")
-    write_text(os.path.join(folder + ".partial", "training.json"), json.dumps(vars(args), indent=1) + "\n")
+    note = os.path.join(folder + ".partial", "training.json")
+    write_text(note, json.dumps(vars(args), indent=1) + "\n")
+    for path in glob.glob(os.path.join(glob.escape(folder + ".partial"), "**", "*.safetensors"), recursive=True):
+        shutil.copymode(note, path)  # safetensors lets nobody but their writer read them
     shutil.rmtree(folder, ignore_errors=True)  # of fewer updates; the checkpoint can make it again
     os.replace(folder + ".partial", folder)
 
@@ -564,7 +567,7 @@ def log_row(update, lr, norm, names, sums, margins, scaling, pairs_per_second):
 
 def preview(args, model, policies, store, update, device):
     """Draws the first four prompts with the reference and with the model as it is now, from the same x_T."""
-    prompts, columns = [row["c"] for row in store.rows[:4]], []
+    prompts, columns = [store.rows[i]["c"] for i in range(min(4, len(store)))], []
     x_T = torch.stack([models.initial_noise(args.seed + i, model.latent_shape) for i in range(len(prompts))])
     for name, title in (("ref", "reference"), ("theta", "student")):
         if args.lora_rank:

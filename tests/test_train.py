@@ -450,6 +450,8 @@ def test_the_result_is_a_pipeline_in_one_precision_that_generates(sd, straight):
         p.set_progress_bar_config(disable=True)
         images.append(p("a red fox", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images)
     assert images[0].shape == (1, 64, 64, 3) and (images[0] != images[1]).any()
+    files = [os.path.join(where, name) for where, _, names in os.walk(straight[0] / "pipeline") for name in names]
+    assert len({os.stat(path).st_mode for path in files}) == 1  # who may read one may read all
 
 
 # ---- mistakes
