@@ -1,14 +1,27 @@
-"""perturb.py: 40 to 70 % of the words go, the same everywhere, and bad input is named."""
+"""perturb.py: 40 to 70 % of the words go, or a chat model rewrites them; the same everywhere, and bad input is named."""
 
+import csv
+import hashlib
 import json
 import os
+import random
+import resource
+import socket
 import subprocess
 import sys
+import traceback
 
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
+import tokenizers
+import torch
+import transformers
 
+import models  # noqa: F401  imported once, not in every forked process
 import perturb
-from perturb import remove_words
+from perturb import read_answer, remove_words
 
 
 def words(n):
@@ -125,3 +138,463 @@ def test_mistakes_end_in_one_sentence(arguments, message, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match=message):
         perturb.main(arguments)
     assert not os.path.exists("out.jsonl")
+
+
+# ---- sources and samples
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def write_table(path, prompts, **more):
+    pyarrow.parquet.write_table(pyarrow.table(more | dict(prompt=prompts)), path, row_group_size=2)
+
+
+def test_importing_it_takes_nothing_but_tqdm():
+    code = "import sys, perturb; print({'torch', 'transformers', 'pyarrow', 'huggingface_hub', 'numpy'} & set(sys.modules))"
+    folder = os.path.dirname(os.path.abspath(perturb.__file__))
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout == "set()\n"
+
+
+PROMPTS = ["a red fox", "ein großer, roter Bär", 'a sign: "no"', "", "horse", "a red fox", "two old boats"]
+KEPT = [1, 2, 3, 7]  # the others have fewer than two words, or came before
+
+
+def test_every_kind_of_source_gives_the_same_prompts_and_counts_what_it_leaves_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("diffusiondb", "owner", "empty"):
+        os.makedirs(f"hub [0]/{folder}/data")
+    open("p.txt", "w", encoding="utf-8").write("\n".join(PROMPTS))
+    open("p.jsonl", "w").write("\n".join(json.dumps(dict(text=c, id=f"n{i}")) for i, c in enumerate(PROMPTS, 1)))
+    with open("p.csv", "w", encoding="utf-8-sig", newline="") as file:  # \r\n, and line breaks within cells
+        csv.writer(file).writerows([["id", "n", "text"], *[[f"n{i}", i, c + " \n"] for i, c in enumerate(PROMPTS, 1)]])
+    write_table("p.parquet", pyarrow.array([c or None for c in PROMPTS], pyarrow.large_string()), seed=range(7))
+    write_table("hub [0]/diffusiondb/metadata.parquet", PROMPTS)
+    write_table("hub [0]/diffusiondb/metadata-large.parquet", ["not this one"])
+    write_table("hub [0]/owner/data/b.parquet", PROMPTS[4:], id=[5, 6, 7])
+    write_table("hub [0]/owner/data/a.parquet", PROMPTS[:4], id=[1, 2, 3, 4])
+    asked = []
+
+    def snapshot_download(repo, **how):
+        asked.append((repo, how))
+        return f"hub [0]/{repo.split('/')[0].replace('poloclub', 'diffusiondb')}"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for source, flags, ids in (("p.txt", [], "{:06d}"), ("p.jsonl", ["--column", "text"], "n{}"), ("p.csv", ["--column", "text"], "n{}"),
+                               ("p.parquet", [], "{:06d}"), ("diffusiondb", [], "{:06d}"), ("owner/name", [], None)):
+        perturb.main([source, "out.jsonl", *flags])
+        rows, said = rows_of("out.jsonl"), capsys.readouterr().out
+        assert [row["c"] for row in rows] == [PROMPTS[i - 1] for i in KEPT]
+        assert [row["id"] for row in rows] == ([ids.format(i) for i in KEPT] if ids else ["0-1", "0-2", "0-3", "1-7"])
+        where = dict(csv=("9, 11", "13")).get(source[2:], ("4, 5", "6")) if ids else ("a.parquet:4, b.parquet:1", "b.parquet:2")
+        assert f"left out 2 prompts of fewer than two words, in lines {where[0]}\n" in said
+        assert f"left out 1 prompts that came before, in lines {where[1]}\n" in said
+    assert asked == [("poloclub/diffusiondb", dict(repo_type="dataset", allow_patterns="metadata.parquet")),
+                     ("owner/name", dict(repo_type="dataset", allow_patterns="*.parquet"))]
+    with pytest.raises(SystemExit, match=r"\*.parquet of the dataset empty/one cannot be had \(it has none\)"):
+        perturb.main(["empty/one", "out.jsonl"])
+
+
+def write(path, content):
+    open(path, "wb").write(content)
+
+
+@pytest.mark.parametrize("name, make, message", [
+    ("p.csv", lambda p: write(p, b"id,text\n1,a b\n"), "p.csv has no column prompt; it has id, text"),
+    ("p.csv", lambda p: write(p, b""), "p.csv has no column prompt; it has none"),
+    ("p.csv", lambda p: write(p, b"prompt,n\na b,1\na, b,2\nc d\n\ne f,3\n"), r"^p.csv:3: not a row .*'a', ' b', '2'.*\np.csv:4: .*'c d'.*\n2 bad lines"),
+    ("p.csv", lambda p: write(p, b"n,prompt\n1,a b\n2,c \xff d\n"), r"^p.csv:3: not UTF-8\n1 bad"),
+    ("p.csv", lambda p: write(p, b"id,prompt\n1,a b\n1,c d\n"), "^p.csv:3: the id 1 is already that of line 2"),
+    ("p.csv", lambda p: write(p, b'prompt\n"a b\n'), "p.csv:2: not CSV: "),
+    ("p.jsonl", lambda p: write(p, b"[" * 100_000 + b'\n{"prompt": ' + b"1" * 5000 + b"}\n"), r"^p.jsonl:1: not a JSON object(.|\n)*\np.jsonl:2: not a JSON object"),
+    ("p.parquet", lambda p: write_table(p, [1, 2]), "^p.parquet:1: not a row with texts prompt: {'prompt': 1}\n.*:2: "),
+    ("p.parquet", lambda p: write_table(p, ["a b", "c d"], id=["x", "x"]), "^p.parquet:2: the id x is already that of line 1"),
+    ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), "p.parquet has no column prompt; it has n, text"),
+    ("p.parquet", lambda p: write(p, b"not a table"), "p.parquet cannot be read as a .parquet file: "),
+    ("p.parquet", lambda p: (write_table(p, words(5000).split()), os.truncate(p, 3000)), "p.parquet cannot be read as a .parquet file: "),
+])
+def test_bad_tables_are_named_by_file_and_row(name, make, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(name)
+    with pytest.raises(SystemExit, match=message):
+        perturb.main([name, "out.jsonl"])
+    assert os.listdir() == [name]
+
+
+@pytest.mark.parametrize("source, file", [("diffusiondb", "metadata.parquet"), ("owner/name", "*.parquet")])
+def test_without_network_it_says_which_file_to_fetch_and_how_to_give_it(source, file, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        perturb.main([source, str(tmp_path / "out.jsonl")])
+    repo = source.replace("diffusiondb", "poloclub/diffusiondb")
+    assert f"{file} of the dataset {repo} cannot be had" in stop.value.code and "\n" not in stop.value.code
+    assert f"https://huggingface.co/datasets/{repo}/tree/main and give its path instead of {source}" in stop.value.code
+
+
+def test_a_sample_is_those_of_smallest_hash_whatever_else_stands_in_the_file_and_in_any_order(tmp_path):
+    prompts = [f"prompt number {i}" for i in range(300)]
+
+    def sample(prompts, *flags):
+        rows = [json.dumps(dict(prompt=c, id=c.split()[-1])) for c in prompts]
+        (tmp_path / "p.jsonl").write_text("\n".join(rows))
+        perturb.main([str(tmp_path / "p.jsonl"), str(tmp_path / "out.jsonl"), *flags])
+        return [row["id"] for row in rows_of(tmp_path / "out.jsonl")]
+
+    by_hash = sorted(prompts, key=lambda c: hashlib.sha256(f"0 {c}".encode()).hexdigest())
+    expected = [c.split()[-1] for c in prompts if c in by_hash[:20]]  # in the file's order
+    assert sample(prompts, "--limit", "20") == expected
+    assert expected[:5] == ["17", "38", "55", "93", "99"]
+    assert sample(prompts, "--limit", "20", "--seed", "1") != expected
+    random.Random(0).shuffle(prompts)
+    assert sorted(sample(prompts, "--limit", "20"), key=int) == expected
+    assert sorted(sample([c for c in prompts if c in by_hash[:40]], "--limit", "20"), key=int) == expected
+    assert len(sample(prompts, "--limit", "301")) == len(sample(prompts)) == 300
+    everything = {row["id"]: row for row in rows_of(tmp_path / "out.jsonl")}
+    sample(prompts, "--limit", "20")
+    assert all(everything[row["id"]] == row for row in rows_of(tmp_path / "out.jsonl"))
+
+
+def test_the_numbers_of_different_and_of_taken_prompts_are_reported(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i % 30}\n" for i in range(100)))
+    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--limit", "7"])
+    said = capsys.readouterr().out
+    assert "left out 70 prompts that came before, in lines 31, 32, " in said and ", 40, ...\n" in said
+    assert "took 7 of 30 different prompts\n" in said and "7 pairs of prompts" in said
+
+
+def test_a_sample_does_not_hold_all_prompts_in_memory():
+    def prompts():
+        for i in range(30_000):
+            yield i, str(i), f"{i} " + "x" * 10_000  # 300 MB in all
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    chosen, different, *_ = perturb.choose(prompts(), 2, 100, 0)
+    assert len(chosen) == 100 and different == 30_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+
+
+# ---- rewriting by a chat model
+
+
+@pytest.mark.parametrize("answer, c_minus", [
+    ('{"prompt": "an animal"}', "an animal"), (' \n{ "prompt" :\n" an animal "}\n', "an animal"),
+    ('```json\n{"prompt": "an animal"}\n```', "an animal"), ('\n```json {"prompt": "ein Bär \\u00e4"}``` ', "ein Bär ä"),
+    ('{"prompt": "say ```json or {\\"prompt\\": 1}"}', 'say ```json or {"prompt": 1}'), ('{"prompt": "a red fo"}', "a red fo"),
+    ("", "not JSON"), ("an animal", "not JSON"), ('Here it is: {"prompt": "an animal"}', "not JSON"), ('{"prompt": "an animal"} Enjoy!', "not JSON"),
+    ('{"prompt": "an ani', "not JSON"), ("{'prompt': 'an animal'}", "not JSON"), ('```\n{"prompt": "an animal"}\n```', "not JSON"),
+    ('```json\n{"prompt": "a"}', "not JSON"), ('{"prompt": "a"}\n```', "not JSON"), ("```json```", "not JSON"), ("```json", "not JSON"),
+    ('```json\n```json\n{"prompt": "a"}\n```\n```', "not JSON"), ('{"prompt": "a"}{"prompt": "b"}', "not JSON"), ("[" * 100_000, "not JSON"),
+    ("1" * 5000, "not JSON"), ('{"prompt": "a\nb"}', "not JSON"), ("{}", "not {"), ('"an animal"', "not {"), ('[["prompt", "an animal"]]', "not {"),
+    ('["prompt"]', "not {"), ("null", "not {"), ('{"prompt": 3}', "not {"), ('{"prompt": null}', "not {"), ('{"prompt": ["a"]}', "not {"),
+    ('{"Prompt": "a"}', "not {"), ('{"prompt": "a", "why": "b"}', "not {"), ('{"prompt": "a", "prompt": "b"}', "not {"), ('{"prompt": {"prompt": "a"}}', "not {"),
+    ('{"prompt": ""}', "empty or"), ('{"prompt": " \\n "}', "empty or"), ('{"prompt": "a red fox"}', "the same as c"),
+    ('{"prompt": "A  Red\\tFOX "}', "the same as c"), ('{"prompt": "\\ud800 half"}', "surrogates not allowed"),
+])
+def test_an_answer_is_one_json_object_with_another_prompt_and_nothing_else(answer, c_minus):
+    try:
+        assert read_answer(answer, "a red Fox") == c_minus
+    except ValueError as error:
+        assert c_minus in str(error) and c_minus != "an animal"
+
+
+def test_what_cannot_be_used_is_asked_again_with_another_seed_and_in_the_end_rejected():
+    asked = []
+    answers = iter([["no", '{"prompt": "x"}', '{"prompt": "TWO"}', "no"], ["no", '{"prompt": "y"}', "still not"], ["no", "last"]])
+
+    def ask(prompts, seed):
+        asked.append((prompts, seed))
+        return next(answers)
+
+    rows = [("a", "one"), ("b", "one again"), ("c", "two"), ("d", "three")]
+    assert perturb.rewrite(rows, ask, 3, "7 0") == [
+        dict(id="a", c="one", answer="no", reason="not JSON"), dict(id="b", c="one again", c_minus="x"),
+        dict(id="c", c="two", c_minus="y"), dict(id="d", c="three", answer="last", reason="not JSON")]
+    assert [prompts for prompts, _ in asked] == [["one", "one again", "two", "three"], ["one", "two", "three"], ["one", "three"]]
+    seeds = [seed for _, seed in asked]
+    for other in ("7 1", "8 0", "7 0"):
+        asked.clear()
+        answers = iter([["no"]] * 3)
+        perturb.rewrite(rows[:1], ask, 3, other)
+        assert len(set(seeds + [seed for _, seed in asked])) == (3 if other == "7 0" else 6)
+    asked.clear()
+    answers = iter([['{"prompt": "x"}']])
+    perturb.rewrite(rows[:1], ask, 3, "")
+    assert len(asked) == 1  # nothing is left to ask
+
+
+def scripted(name, instruction, batch_size, device):
+    """A chat model whose answers are random, by the seed, the instruction and all prompts of the call; half are no use."""
+    def ask(prompts, seed):
+        rng = random.Random(f"{seed} {instruction} {prompts}")
+        return [rng.choice(["no", json.dumps(dict(prompt=f"{name} {rng.random()}"))]) for _ in prompts]
+    return ask
+
+
+@pytest.fixture
+def llm(tmp_path, monkeypatch):
+    """A run of perturb.main with the scripted model and parts of three prompts: its result's bytes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(perturb, "load_llm", scripted)
+    monkeypatch.setattr(perturb, "PART", 3)
+    (tmp_path / "p.txt").write_text("\n".join(f"prompt {i % 20}" for i in range(30)))
+
+    def run(out, *flags):
+        perturb.main(["p.txt", out, "--strategy", "llama-aesthetic", "--llm", "tiny", "--attempts", "2", *flags])
+        return result(out)
+    return run
+
+
+def result(out):
+    assert not os.path.exists(f"{out}.parts") and not os.path.exists(f"{out}.parts.done")
+    return open(out, "rb").read(), open(f"{out}.rejected.jsonl", "rb").read()
+
+
+def in_children(*functions):
+    """Runs each function in a forked process of its own, all at once: their exit codes and all that they said."""
+    children, (out, into) = [], os.pipe()
+    for function in functions:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                sys.stdout = sys.stderr = open(into, "w", buffering=1)
+                function()
+                code = 0
+            except SystemExit as error:
+                print(error)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(pid)
+    os.close(into)
+    with open(out) as said:
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children], said.read()
+
+
+def test_rewritten_prompts_and_rejected_ones_together_are_all_prompts(llm, capsys):
+    llm("out.jsonl", "--limit", "15")
+    good, rejected = rows_of("out.jsonl"), rows_of("out.jsonl.rejected.jsonl")
+    assert all(list(row) == ["id", "c", "c_minus", "strategy", "seed", "llm"] and row["llm"] == "tiny" for row in good)
+    assert all(list(row)[:4] == ["id", "c", "answer", "reason"] and row["answer"] == "no" for row in rejected)
+    assert len(good) + len(rejected) == 15 and len(rejected) >= 1
+    assert f"rejected {len(rejected)} prompts, after 2 answers of no use: out.jsonl.rejected.jsonl\n" in capsys.readouterr().out
+    ids = [row["id"] for row in good + rejected]
+    assert len(set(ids)) == 15 and all(row["id"] == f"{int(row['c'].split()[1]) + 1:06d}" for row in good + rejected)
+    assert [row["id"] for row in good] == sorted(row["id"] for row in good)
+    assert len({row["c_minus"] for row in good}) == len(good)  # no part has another one's seed
+
+
+def test_the_answers_depend_on_seed_and_strategy_and_not_on_the_name_of_the_file(llm):
+    assert llm("a.jsonl") == llm("b.jsonl") != llm("c.jsonl", "--seed", "1")
+    perturb.main(["p.txt", "d.jsonl", "--strategy", "llama-alignment", "--llm", "tiny", "--attempts", "2"])
+    assert {row["c_minus"] for row in rows_of("d.jsonl")}.isdisjoint(row["c_minus"] for row in rows_of("a.jsonl"))
+
+
+def as_torchrun(world, function):
+    """function(rank) for each process, with what torchrun would put into its environment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+
+    def process(rank):
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=port)
+        function(rank)
+
+    return [lambda rank=rank: process(rank) for rank in range(world)]
+
+
+def test_three_processes_write_what_one_writes(llm):
+    def process(rank):
+        real = perturb.write_text
+        mine = [f"three.jsonl.parts/part-{k:05d}.jsonl" for k in range(rank, 7, 3)]
+        own = ["three.jsonl", "three.jsonl.rejected.jsonl", "three.jsonl.parts/settings.json"] if rank == 0 else []
+
+        def write_text(path, text):
+            assert path in mine + own
+            real(path, text)
+
+        perturb.write_text = write_text
+        perturb.main(["p.txt", "three.jsonl", "--strategy", "llama-aesthetic", "--llm", "tiny", "--attempts", "2"])
+
+    codes, said = in_children(*as_torchrun(3, process))
+    assert codes == [0, 0, 0] and said.count("wrote three.jsonl") == 1, said
+    assert result("three.jsonl") == llm("one.jsonl")
+
+
+def test_random_removal_under_torchrun_is_done_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a prompt of words\n")
+    monkeypatch.setenv("RANK", "1")
+    perturb.main(["p.txt", "out.jsonl"])
+    assert os.listdir() == ["p.txt"]
+
+
+def test_killed_at_every_single_file_operation_it_goes_on_to_the_same_result(llm):
+    expected, asked = llm("expected.jsonl"), []
+
+    def killed_at(n):
+        count = 0
+
+        def hook(event, arguments):
+            nonlocal count
+            if event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") or (
+                    event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_CREAT)):
+                count += str(arguments[0]).startswith("out.jsonl")
+                if count == n:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        llm("out.jsonl")
+
+    def again():
+        def load(*how):
+            ask = scripted(*how)
+            return lambda prompts, seed: asked.append(prompts) or ask(prompts, seed)
+        perturb.load_llm = load
+        there = [name for name in os.listdir("out.jsonl.parts") if name.startswith("part-") and name.endswith(".jsonl")]
+        whole = {c for name in there for c in (row["c"] for row in rows_of(f"out.jsonl.parts/{name}"))}
+        llm("out.jsonl")
+        assert whole.isdisjoint(c for prompts in asked for c in prompts)  # what was there was not made again
+
+    for n in range(1, 100):
+        [code], said = in_children(lambda n=n: killed_at(n))
+        if code == 0:
+            break
+        assert code == 9, said
+        if os.path.exists("out.jsonl.parts") or not os.path.exists("out.jsonl"):
+            os.makedirs("out.jsonl.parts", exist_ok=True)
+            [code], said = in_children(again)
+            assert code == 0, said
+        assert (open("out.jsonl", "rb").read(), open("out.jsonl.rejected.jsonl", "rb").read()) == expected
+        os.remove("out.jsonl")
+    assert 20 < n < 60
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_written_stays(llm):
+    expected = llm("expected.jsonl")
+
+    def limited(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        llm("out.jsonl")
+
+    for size, said in ((100, "cannot write out.jsonl.parts/"), (len(expected[0]) - 1, "cannot write out.jsonl: File too large.")):
+        codes, output = in_children(lambda size=size: limited(size))
+        assert codes == [1] and said in output and "Traceback" not in output
+    assert len([name for name in os.listdir("out.jsonl.parts") if name.endswith(".jsonl")]) == 7
+    assert llm("out.jsonl") == expected
+
+
+def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
+    def stopped():
+        write_text = perturb.write_text
+        perturb.write_text = lambda path, text: os._exit(9) if path.endswith("part-00002.jsonl") else write_text(path, text)
+        llm("out.jsonl")
+
+    assert in_children(stopped)[0] == [9]
+    before = sorted(os.listdir("out.jsonl.parts"))
+    for flags, said in ((["--seed", "1"], "seed 0, not 1"), (["--llm", "other"], "llm tiny, not other"), (["--limit", "19"], "prompts "),
+                        (["--batch-size", "65"], "batch_size 64, not 65"), (["--attempts", "3"], "attempts 2, not 3"),
+                        (["--strategy", "llama-alignment"], "strategy llama-aesthetic, not llama-alignment")):
+        with pytest.raises(SystemExit, match=f"out.jsonl.parts was begun with {said}"):
+            llm("out.jsonl", *flags)
+    with perturb.locked("out.jsonl.parts"), pytest.raises(SystemExit, match="another process is writing into out.jsonl.parts"):
+        llm("out.jsonl")
+    assert sorted(os.listdir("out.jsonl.parts")) == before and len(before) == 3
+    assert llm("out.jsonl") == llm("expected.jsonl")
+    with pytest.raises(SystemExit, match="out.jsonl is there already"):
+        llm("out.jsonl")
+    os.makedirs("mine.jsonl.parts")
+    open("mine.jsonl.parts/letter.txt", "w").close()
+    with pytest.raises(SystemExit, match="move it away"):
+        llm("mine.jsonl")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--llm", "x"], "--llm does not go with --strategy random-removal"), (["--attempts", "3"], "--attempts does not"),
+    (["--batch-size", "1"], "--batch-size does not"), (["--strategy", "llama-alignment", "--low", "0.4"], "--low does not go with --strategy llama-al"),
+    (["--strategy", "llama-aesthetic", "--high", "0.7"], "--high does not"), (["--strategy", "llama-aesthetic", "--variants", "1"], "--variants does not"),
+    (["--column", "prompt"], "--column does not go with p.txt"), (["--limit", "0"], "--limit must be 1 or more"),
+    (["--strategy", "llama-aesthetic", "--attempts", "0"], "--attempts must be 1 or more"),
+    (["--strategy", "llama-aesthetic", "--batch-size", "0"], "--batch-size must be 1 or more"),
+    (["--strategy", "llama-aesthetic", "--llm", "none"], "--llm none is no folder or hub id"),
+    (["--strategy", "llama-aesthetic", "--llm", "."], "--llm . is no folder or hub id"),
+])
+def test_flags_that_cannot_apply_are_named(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a prompt of words\n")
+    with pytest.raises(SystemExit, match=message):
+        perturb.main(["p.txt", "out.jsonl", *flags])
+    assert not os.path.exists("out.jsonl")
+
+
+def make_llama(folder, template):
+    """A folder of the real class with small random weights; its tokenizer knows bytes and, like Llama 3's, no padding."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(tokenizers.models.BPE({x: i for i, x in enumerate(letters)}, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|bos|>", eos_token="<|eot|>")
+    tokenizer.chat_template = template
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|eot|>' }}{% endfor %}"
+            "{{ 'assistant: ' if add_generation_prompt }}{{ '<thinks>' if enable_thinking is not defined or enable_thinking }}")
+
+
+def test_the_nonsense_of_a_random_llama_is_all_rejected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_llama("llama", TEMPLATE)
+    (tmp_path / "p.txt").write_text("a red fox\n\nhorse\n")
+    with pytest.raises(SystemExit, match="^llama gave no answer of use; out.jsonl was not written.$"):
+        perturb.main(["p.txt", "out.jsonl", "--strategy", "llama-alignment", "--llm", "llama", "--attempts", "1"])
+    assert [(row["id"], row["c"], row["reason"]) for row in rows_of("out.jsonl.rejected.jsonl")] == [
+        ("000001", "a red fox", "not JSON"), ("000003", "horse", "not JSON")]
+    assert sorted(os.listdir()) == ["llama", "out.jsonl.rejected.jsonl", "p.txt"]
+    make_llama("plain", None)
+    with pytest.raises(SystemExit, match="--llm plain has no chat template"):
+        perturb.main(["p.txt", "out.jsonl", "--strategy", "llama-alignment", "--llm", "plain"])
+
+
+def test_a_chat_model_is_asked_by_its_own_template_padded_on_the_left_and_answers_by_the_seed(tmp_path, monkeypatch):
+    tokenizer, calls = make_llama(tmp_path / "llama", TEMPLATE), []
+    real = transformers.LlamaForCausalLM.generate
+
+    def generate(self, **how):
+        calls.append(how)
+        return real(self, **how | dict(max_new_tokens=8))
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
+    ask = perturb.load_llm(str(tmp_path / "llama"), "Do it.", 2, torch.device("cpu"))
+    prompts = ['say "ä"', "a much longer prompt <|eot|>", "three"]
+    answers = ask(prompts, 5)
+    assert answers == ask(prompts, 5) != ask(prompts, 6) and all(len(answer) < 30 for answer in answers)
+    assert len(calls) == 6 and all(len(how["input_ids"]) <= 2 for how in calls)
+    for i, c in enumerate(prompts):
+        how, k = calls[i // 2], i % 2
+        assert how["do_sample"] and how["temperature"] == 0.7 and how["max_new_tokens"] == 256
+        text, mask = how["input_ids"][k], how["attention_mask"][k].bool()
+        assert mask[-1] and (mask.sum() < len(mask)) == (i == 0)  # padded on the left, where another one is longer
+        content = "Do it.\n\n" + json.dumps(dict(prompt=c), ensure_ascii=False)
+        assert tokenizer.decode(text[mask]) == f"<|bos|>user: {content}<|eot|>assistant: "
+        assert (text[mask] == tokenizer.eos_token_id).sum() == 1  # that of the prompt is but text
+    assert not any("Do it" in answer for answer in answers)
+
+
+def test_two_processes_with_a_real_llama_write_what_one_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(perturb, "PART", 2)
+    make_llama("llama", TEMPLATE)
+    (tmp_path / "p.txt").write_text("a red fox\ntwo cats\nan old boat\n")
+    flags = ["--strategy", "llama-alignment", "--llm", "llama", "--attempts", "1"]
+    for out, world in (("one.jsonl", 1), ("two.jsonl", 2)):
+        codes, said = in_children(*as_torchrun(world, lambda rank, out=out: perturb.main(["p.txt", out, *flags])))
+        assert codes[0] == 1 and said.count(f"llama gave no answer of use; {out} was not written.") == 1, said
+    one, two = (open(f"{out}.jsonl.rejected.jsonl", "rb").read() for out in ("one", "two"))
+    assert one == two and one.count(b"\n") == 3
