@@ -30,7 +30,8 @@ def generate(model, name, prompts, args):
         part = prompts[i:i + args.batch_size]
         c = model.encode(part)
         x_T = torch.stack([models.initial_noise(args.seed + i + k, model.latent_shape) for k in range(len(part))])
-        images += models.sample(model, c, x_T, args.steps, args.guidance, output_type="pil")
+        images += models.sample(model, c, x_T, model.steps if args.steps is None else args.steps,
+                                model.guidance if args.guidance is None else args.guidance, output_type="pil")
     return images
 
 
@@ -95,6 +96,7 @@ def draw_curves(path):
             if name.endswith("_by_t"):  # the mean of the last tenth of the run, over the bands of time steps
                 last = np.ma.masked_invalid(values[-max(1, len(rows) // 10):])
                 ax.plot((np.arange(last.shape[1]) + 0.5) / last.shape[1], last.mean(0), ".-", label=name)
+                ax.set_xlim(0, 1)
             else:
                 ax.plot([row["update"] for row in rows], values, label=name)
         ax.set(title=", ".join(panel), xlabel="t / T, end of the run" if name.endswith("_by_t") else "update")
@@ -123,14 +125,15 @@ def main(argv=None):
     command.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")
     command.add_argument("--out", default="grid.png")
     command.add_argument("--rows", type=int, default=4, help="how many prompts, from the first on")
-    command.add_argument("--steps", type=int, default=25, help="sampling steps (script)")
-    command.add_argument("--guidance", type=float, default=7.5, help="guidance scale (script)")
+    command.add_argument("--steps", type=int, help="sampling steps (default, from scripts: 25, SANA 20)")
+    command.add_argument("--guidance", type=float, help="guidance scale (script: 7.5, SDXL and SD3 5.0, SANA 4.5)")
     command.add_argument("--batch-size", type=int, default=4, help="images sampled at once (guess)")
     command.add_argument("--seed", type=int, default=0, help="image i's noise comes from seed + i")
     args = parser.parse_args(argv)
     if os.path.isdir(args.out):
         sys.exit(f"--out {args.out} is a folder: give the name of a PNG file to write.")
-    check_flags(args, rows=1, steps=1, guidance=0, batch_size=1, seed=0)
+    given = {flag: least for flag, least in dict(steps=1, guidance=0).items() if getattr(args, flag) is not None}
+    check_flags(args, rows=1, batch_size=1, seed=0, **given)
     args.run(args)
 
 

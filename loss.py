@@ -56,7 +56,7 @@ def preference_loss(pred_w, pred_l, ref_w, ref_l, target_w, target_l, beta):
             raise ValueError(f"beta must be a number or a float tensor of shape ({len(pred_w)},), one entry a pair, "
                              f"not {beta.dtype} of shape {tuple(beta.shape)}.")
         beta = beta.to(pred_w.device, dtype)
-    if not torch.as_tensor(beta > 0).all():
+    if not (torch.is_tensor(beta) and beta.is_cuda) and not torch.as_tensor(beta > 0).all():  # a GPU is not waited for
         raise ValueError(f"beta must be positive, not {beta}.")
 
     pred_w, pred_l, ref_w, ref_l, target_w, target_l = (x.to(dtype) for x in tensors.values())

@@ -31,7 +31,7 @@ import transformers
 
 transformers.logging.set_verbosity_error()  # else it warns of image processors that nothing here uses
 import diffusers  # noqa: E402
-from diffusers import DiffusionPipeline  # noqa: E402
+from diffusers import DiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0  # noqa: E402
 
 for library in (diffusers.utils, transformers):
@@ -48,25 +48,28 @@ PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1
 class StableDiffusion:
     """SD-1.x, SD-2.x and SDXL: a U-Net that predicts eps or v from latents (B, 4, H/8, W/8)."""
 
-    def __init__(self, pipe):
+    def __init__(self, pipe, device):
         self.pipe, self.net, self.net_name, self.xl = pipe, pipe.unet, "unet", hasattr(pipe, "text_encoder_2")
+        self.device = device
         self.dtype, self.empty = self.net.dtype, None
         self.steps, self.guidance = 25, 5.0 if self.xl else 7.5  # of sampling (script)
         self.prediction_type = pipe.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             sys.exit(f"{pipe.name_or_path} predicts {self.prediction_type}; only epsilon and v_prediction can be used.")
-        self.alpha_bar = pipe.scheduler.alphas_cumprod.to(pipe.device, torch.float32)  # (T,)
+        self.alpha_bar = pipe.scheduler.alphas_cumprod.to(device, torch.float32)  # (T,)
         self.num_train_timesteps = len(self.alpha_bar)
         self.latent_shape = (self.net.config.in_channels, self.net.config.sample_size, self.net.config.sample_size)
+        size = self.net.config.sample_size * pipe.vae_scale_factor
+        self.sizes = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=device)
 
     @torch.no_grad()
     def encode(self, prompts, empty=False):
         """B prompts -> c, a dict of tensors (B, ...); with `empty`, what stands for no prompt in guidance instead."""
         if self.xl:
-            out = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=empty)
+            out = self.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=empty)
             c = dict(prompt_embeds=out[empty], pooled_prompt_embeds=out[2 + empty])
         else:
-            c = dict(prompt_embeds=self.pipe.encode_prompt(list(prompts), self.pipe.device, 1, empty)[empty])
+            c = dict(prompt_embeds=self.pipe.encode_prompt(list(prompts), self.device, 1, empty)[empty])
         return {name: x.to(self.dtype) for name, x in c.items()}
 
     def sample_t(self, rng):
@@ -89,9 +92,7 @@ class StableDiffusion:
         """eps or v at (x_t, t, c): (B, 4, h, w), (B,), c of B prompts -> (B, 4, h, w)."""
         added = {}
         if self.xl:  # micro-conditioning: original size, crop and target size of an uncropped image
-            size = self.latent_shape[1] * self.pipe.vae_scale_factor
-            sizes = torch.tensor([size, size, 0, 0, size, size], dtype=x_t.dtype, device=x_t.device)
-            added = dict(text_embeds=c["pooled_prompt_embeds"], time_ids=sizes.expand(len(t), -1))
+            added = dict(text_embeds=c["pooled_prompt_embeds"], time_ids=self.sizes.expand(len(t), -1))
         e = c["prompt_embeds"]
         return net(x_t.to(e.dtype), t, encoder_hidden_states=e, added_cond_kwargs=added, return_dict=False)[0]
 
@@ -99,8 +100,8 @@ class StableDiffusion:
 class FlowMatching:
     """SANA and SD3: a transformer that predicts eps - x_0 from latents (B, channels, h, w)."""
 
-    def __init__(self, pipe):
-        self.pipe, self.net, self.net_name = pipe, pipe.transformer, "transformer"
+    def __init__(self, pipe, device):
+        self.pipe, self.net, self.net_name, self.device = pipe, pipe.transformer, "transformer", device
         self.sd3 = hasattr(pipe, "text_encoder_3")
         self.dtype, self.empty = self.net.dtype, None
         self.steps, self.guidance = (25, 5.0) if self.sd3 else (20, 4.5)  # of sampling (script)
@@ -114,11 +115,12 @@ class FlowMatching:
     def encode(self, prompts, empty=False):
         """As StableDiffusion.encode. SANA puts its own instruction to Gemma before a prompt, but not before none."""
         if self.sd3:
-            out = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=empty)
+            out = self.pipe.encode_prompt(list(prompts), None, None, self.device, do_classifier_free_guidance=empty)
             c = dict(prompt_embeds=out[empty], pooled_prompt_embeds=out[2 + empty])
         else:
             instruction = inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
-            out = self.pipe.encode_prompt(list(prompts), empty, complex_human_instruction=instruction)
+            out = self.pipe.encode_prompt(list(prompts), empty, device=self.device,
+                                          complex_human_instruction=instruction)
             c = dict(prompt_embeds=out[2 * empty], prompt_attention_mask=out[2 * empty + 1])
         return {name: x.to(self.dtype) for name, x in c.items()}
 
@@ -182,10 +184,36 @@ def read_shift(pipe):
     return float(said.get(own, said.get(other)))
 
 
-def load(name, device="cpu", dtype=torch.float32, net_dtype=None):
+def preset_of(name):
+    """The preset whose settings suit a model: its own, that of its hub id, or the first of its family."""
+    known = dict(zip(PRESETS, PRESETS)) | {path: preset for preset, path in PRESETS.items()}
+    if name in known:
+        return known[name]
+    try:
+        family = DiffusionPipeline.load_config(name).get("_class_name")
+    except OSError:
+        family = None  # `load` will say that there is no such model
+    first = dict(StableDiffusionXLPipeline="sdxl", SanaPipeline="sana", StableDiffusion3Pipeline="sd3")
+    return first.get(family, "sd14")
+
+
+def latents_of(name):
+    """The shape of a model's latents and their scale, as `latent_shape` and `latent_scale` say, without its weights."""
+    path = PRESETS.get(name, name)
+    try:
+        part = "transformer" if "transformer" in DiffusionPipeline.load_config(path) else "unet"
+        net, vae = (UNet2DConditionModel.load_config(path, subfolder=s) for s in (part, "vae"))  # only json
+    except OSError as error:
+        not_found(name, error)
+    scale = [vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0]  # SD-1.x: older files leave it out
+    return [net["in_channels"], net["sample_size"], net["sample_size"]], scale
+
+
+def load(name, device="cpu", dtype=torch.float32, net_dtype=None, net_device=None):
     """The model called `name`: a preset, a hub id, a local diffusers folder or the folder of an adapter that train.py
     wrote, in one precision, but the network in `net_dtype` if that is given. Where it is float16, SANA's and SD3's
-    language models and SANA's autoencoder are in bfloat16, which they were made for. Reads safetensors only."""
+    language models and SANA's autoencoder are in bfloat16, which they were made for. The network can be kept on another
+    device. Reads safetensors only."""
     path = PRESETS.get(name, name)
     if name == "shapes" and not os.path.isdir(path):
         sys.exit(f"there is no {path} yet: make it with  python shapes.py")
@@ -200,7 +228,7 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None):
         if family not in FAMILIES:
             sys.exit(f"{name} is a {family}; supported are {', '.join(FAMILIES)}.")
         dtypes = dict(default=dtype)
-        if dtype == torch.float16 and name == "sana-1.6b":  # its weights were made in bfloat16
+        if dtype == torch.float16 and path == PRESETS["sana-1.6b"]:  # its weights were made in bfloat16
             dtypes = dict(default=torch.bfloat16)
         elif dtype == torch.float16:
             wide = dict(SanaPipeline=["text_encoder", "vae"], StableDiffusion3Pipeline=["text_encoder_3"])
@@ -211,12 +239,20 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None):
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, use_safetensors=True,
                                                  **without if family == "StableDiffusionPipeline" else {})
     except OSError as error:
-        sys.exit(f"{name} is no preset ({', '.join(PRESETS)}), and no diffusers folder or hub id that can be loaded "
-                 "(without network: from the cache; safetensors only). " + str(error).strip().split("\n")[0])
+        not_found(name, error)
     if adapter:
         pipe.load_lora_weights(adapter, weight_name=LORA)
     pipe.set_progress_bar_config(disable=True)
-    return FAMILIES[family](pipe.to(device))
+    model = FAMILIES[family](pipe, torch.device(device))
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(net_device if part is model.net and net_device else device)
+    return model
+
+
+def not_found(name, error):
+    sys.exit(f"{name} is no preset ({', '.join(PRESETS)}), and no diffusers folder or hub id that can be loaded "
+             "(without network: from the cache; safetensors only). " + str(error).strip().split("\n")[0])
 
 
 def load_tokenizers(name):
@@ -246,13 +282,13 @@ def same_to_the_model(tokenizers, rows):
 def sample(model, c, x_T, steps, guidance, output_type="latent"):
     """x_T (B, channels, h, w) and c -> x_0, latents as the network sees them, or PIL images for output_type "pil"."""
     if not model.empty:  # once, for all samples to come
-        with torch.autocast(model.pipe.device.type, enabled=False):  # the text encoders keep their own precision
+        with torch.autocast(model.device.type, enabled=False):  # the text encoders keep their own precision
             model.empty = model.encode([""], empty=True)
     negative = {f"negative_{name}": x.expand(len(x_T), *x.shape[1:]) for name, x in model.empty.items()}
     size = model.latent_shape[1] * model.pipe.vae_scale_factor
     more = dict(use_resolution_binning=False) if "use_resolution_binning" in inspect.signature(
         model.pipe.__call__).parameters else {}
-    return model.pipe(**c, **negative, negative_prompt=None, latents=x_T.to(model.pipe.device, model.dtype),
+    return model.pipe(**c, **negative, negative_prompt=None, latents=x_T.to(model.device, model.dtype),
                       height=size, width=size, num_inference_steps=steps, guidance_scale=guidance,
                       output_type=output_type, **more).images
 
@@ -312,16 +348,27 @@ def with_adapter(net, *names):
 
 
 def load_policy(path, name, base, model):
-    """The winning or losing policy of Eq. 6: an adapter, put into the frozen network `base`, or a whole model."""
+    """The winning or losing policy of Eq. 6: an adapter, put into the frozen network `base`, or a whole model's net."""
     if not os.path.isfile(os.path.join(path, LORA)):
-        return load(path, model.pipe.device).net.requires_grad_(False)
+        other = load(path)
+        kinds = [(type(m.pipe), m.latent_shape, latent_scale(m), m.pipe.scheduler.config.get("prediction_type"))
+                 for m in (other, model)]
+        if kinds[0] != kinds[1]:
+            sys.exit(f"--{name} {path} is a model of another kind than that to be tuned: {kinds[0]}, not {kinds[1]}.")
+        return other.net.to(model.device).requires_grad_(False)
+    note = os.path.join(path, "training.json")
+    if os.path.isfile(note):
+        with open(note, encoding="utf-8") as file:
+            made_for = json.load(file)["model"]
+        if os.path.normpath(made_for) != os.path.normpath(model.pipe.name_or_path) and PRESETS.get(made_for) is None:
+            print(f"note: the adapter {path} was made for {made_for}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft: that there are several adapters, which is what we want
         try:
             base.load_lora_adapter(path, prefix=model.net_name, adapter_name=name, weight_name=LORA,
                                    use_safetensors=True)
         except (RuntimeError, ValueError) as error:
-            sys.exit(f"--{name} {path} is no adapter for this model: {str(error).splitlines()[0]}")
+            sys.exit(f"--{name} {path} is no adapter for this model: {str(error).splitlines()[-1].strip()}")
     if name not in getattr(base, "peft_config", {}):
         sys.exit(f"--{name} {path} is no adapter for this model: it has nothing for its {model.net_name}.")
     base.set_adapter([name for name in base.peft_config if name == "theta"])
@@ -329,16 +376,16 @@ def load_policy(path, name, base, model):
 
 
 @contextlib.contextmanager
-def processes():
-    """(rank, number of processes, device): torchrun's, or one process without it. Leaves the group cleanly."""
+def processes(patience=datetime.timedelta(days=1)):
+    """(rank, number of processes, device): torchrun's, or one process without it. Leaves the group cleanly. One may
+    wait a day for another, which may be making its last shard."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:  # a day: one process may wait for another's last shard or for its checkpoint
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=1))
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     yield rank, world, device
     if world > 1:
         dist.barrier()

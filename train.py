@@ -17,6 +17,7 @@ pipeline/, a diffusers folder, or lora/, for load_lora_weights.
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import glob
 import hashlib
@@ -42,7 +43,7 @@ from tqdm import tqdm
 
 import evaluate
 import models
-from build_pairs import PairStore, check_store
+from build_pairs import PairStore, check_store, checksum
 from loss import dspo_loss, preference_loss
 from perturb import check_flags, locked, write_text
 
@@ -83,7 +84,7 @@ WEIGHT_DECAY = 1e-2  # AdamW [o]
 MAX_GRAD_NORM = 1.0  # [g] the default of the diffusers examples
 BANDS = 10  # of time steps, in the log
 HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
-FIRST_SCALE, GROW_AFTER = 2.0**12, 100  # [g] loss scaling of fp16: halved on overflow, doubled after so many updates
+FIRST_SCALE, GROW_AFTER = 2.0**5, 100  # [g] fp16's scale of a pair's loss: halved on overflow, doubled after so many
 FREE_FLAGS = ("updates", "micro_batch", "save_every", "out", "pairs", "compile", "checkpointing", "fsdp", "tensorboard",
               "preview")  # a run may be continued with others of these
 
@@ -189,7 +190,8 @@ def make_policies(args, model):
     for name, path in dict(winner=args.winner, loser=args.loser).items():
         if path:
             policies[name] = models.load_policy(path, name, base, model)
-    return policies, [net] if base in (None, net) else [net, base]
+    networks = [net, base, *policies.values()]  # each once; what is none is an adapter as a function
+    return policies, [n for i, n in enumerate(networks) if isinstance(n, torch.nn.Module) and n not in networks[:i]]
 
 
 @contextlib.contextmanager
@@ -351,11 +353,14 @@ def main(argv=None):
     args = parse(argv)
     if args.plot:
         return evaluate.draw_curves(args.plot)
-    with models.processes() as (rank, world, device), contextlib.ExitStack() as stack:
+    patience = datetime.timedelta(minutes=30)  # [g] others may wait while the first process writes
+    with models.processes(patience) as (rank, world, device), contextlib.ExitStack() as stack:
         check_processes(args, world, device)
+        store = open_store(args)
         if args.check:
             return check(args)
-        store = open_store(args)
+        args.policies = [checksum(path) for folder in (args.winner, args.loser) if folder for path in
+                         sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.safetensors"), recursive=True))]
         args.store = hashlib.sha256("".join([store.meta["table"], *store.meta["checksums"]]).encode()).hexdigest()
         if finished(args):
             print(f"{args.out} is finished after {args.updates} updates; nothing was done") if rank == 0 else None
@@ -366,17 +371,17 @@ def main(argv=None):
         signals = stack.enter_context(faults())
 
         half = HALF.get(args.precision, torch.float32) if device.type == "cuda" else torch.float32
-        model = models.load(args.model, device, half, torch.float32)  # the network's weights are float32 all along
-        check_latents(args, store, model)
+        model = models.load(args.model, device, half, torch.float32, "cpu" if args.fsdp else None)
         policies, networks = make_policies(args, model)
         net, floor = model.net, None
+        if args.fsdp:  # which moves each share to its device
+            for network in networks:
+                shard(network)
         first = micro_batch(store, model, args, slots(len(store), args.seed, 0, args.micro_batch), device)
         if checkpoint is None and args.objective != "sft":
             floor = noise_floor(args, model, policies["ref"], first, device)
-        for network in networks:
-            if args.fsdp:
-                shard(network)
-            elif args.precision in HALF:
+        if args.precision in HALF and not args.fsdp:
+            for network in networks:
                 halve(network, HALF[args.precision])
         if args.checkpointing:
             net.enable_gradient_checkpointing()
@@ -416,7 +421,7 @@ def main(argv=None):
                     loss, info = step_loss(model, policies, *batch, args.objective, args.beta, args.side)
                 if update == 0:
                     check_start(info)
-                (scaling["scale"] * total * loss.sum() / args.batch_size).backward()
+                (scaling["scale"] * total * loss.sum()).backward()
 
                 t = batch[4]
                 values = torch.stack([*info.values(), torch.ones_like(loss)], 1)  # (B, metrics + 1)
@@ -429,10 +434,10 @@ def main(argv=None):
             if world > 1:  # once an update, after the last micro-batch
                 add_up([sums] if args.fsdp else [p.grad for p in parameters] + [sums])
             for p in parameters:
-                p.grad /= scaling["scale"]
+                p.grad /= scaling["scale"] * args.batch_size
             norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             norm = norm.full_tensor() if args.fsdp else norm
-            *sums, stop, norm = torch.cat([sums, norm[None]]).tolist()  # the only wait for the GPU in an update
+            *sums, stop, norm = torch.cat([sums, norm[None]]).tolist()  # waits for the GPU, as else only the text does
             if not all(map(math.isfinite, sums)):
                 stop_not_finite(args, store, update, not_finite)
             if not math.isfinite(norm):  # fp16's overflow: the same update again, with a smaller scale
@@ -458,9 +463,10 @@ def main(argv=None):
                 row = log_row(update, lr, norm, list(info), by_band, sums[-args.batch_size:], scaling, speed)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                for name, value in row.items() if board else ():
-                    if isinstance(value, float):
-                        board.add_scalar(name, value, update)
+                for name, values in row.items() if board else ():
+                    for i, value in enumerate(values if isinstance(values, list) else [values]):
+                        if value is not None:
+                            board.add_scalar(f"{name}/{i}" if isinstance(values, list) else name, value, update)
                 shown = ("loss", "accuracy", "winner", "loser", "pairs_per_second")
                 bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
                 bar.update()
@@ -499,7 +505,8 @@ def faults():
     except torch.OutOfMemoryError as error:
         sys.exit(f"out of memory: give a smaller --micro-batch, --checkpointing, --lora-rank or --fsdp. {error}")
     except (OSError, SafetensorError) as error:
-        sys.exit(f"cannot write: {error}. The newest checkpoint is whole: make space and give the same command again.")
+        sys.exit(f"cannot read or write: {error}. The newest checkpoint is whole: mend that, or make space, and give "
+                 "the same command again.")
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -576,7 +583,8 @@ def preview(args, model, policies, store, update, device):
             setattr(model.pipe, model.net_name, policies[name])
         c = model.encode(prompts)
         with precision(device, args.precision):
-            columns.append((title, models.sample(model, c, x_T, model.steps, model.guidance, "pil")))
+            x_0 = models.sample(model, c, x_T, model.steps, model.guidance)
+        columns.append((title, models.decode(model, x_0)))  # not in half precision, where SDXL's decoder overflows
     evaluate.draw_grid(prompts, columns, os.path.join(args.out, f"preview-{update:06d}.png"))
 
 
@@ -598,14 +606,11 @@ def open_store(args):
     if args.objective == "ddspo" and not args.winner and store.rows[0]["c_minus"] is None:
         sys.exit(f"{args.pairs} holds pairs of images without c_minus, which Eq. 7 needs: take --objective "
                  "diffusion-dpo or dspo, or --winner and --loser (Eq. 6).")
-    return store
-
-
-def check_latents(args, store, model):
-    shape, scale = list(model.latent_shape), models.latent_scale(model)
+    shape, scale = models.latents_of(args.model)
     if shape != store.meta["latents"] or scale != store.meta["scale"]:
         sys.exit(f"--pairs {args.pairs} holds latents {store.meta['latents']} of scale {store.meta['scale']}, but "
                  f"{args.model} needs {shape} of {scale}: make its pairs with build_pairs.py --model {args.model}.")
+    return store
 
 
 def check(args):
@@ -681,16 +686,20 @@ def parse(argv):
     args.model = args.model.rstrip("/")
     if os.path.exists(os.path.join(args.model, models.LORA)):
         sys.exit(f"--model {args.model} is an adapter: give a whole model to be tuned.")
-    name = os.path.basename(args.model) + ("-aesthetic" if args.task == "aesthetic" else "")
+    name = os.path.basename(os.path.abspath(args.model)) + ("-aesthetic" if args.task == "aesthetic" else "")
     variant = args.objective if args.negatives == "generated" else args.negatives
     variant = f"{variant}-policies" if args.winner else f"sft-{args.side}" if args.side else variant
     args.out = args.out or os.path.join("runs", f"{name}-{variant}")
+    for mark in ("model_index.json", "meta.json"):
+        if os.path.exists(os.path.join(args.out, mark)):
+            sys.exit(f"--out {args.out} is a model or a pair store: give another folder.")
     args.pairs = args.pairs or ("runs/shapes-0/pairs" if args.model == "shapes" else os.path.join("pairs", name))
     objective = "policies" if args.winner and args.objective == "ddspo" else args.objective
+    preset = models.preset_of(args.model)
     rows = [key for key in EXPERIMENTS if key[2] == objective]  # this model and task; else this model; else the first
-    rows.sort(key=lambda key: (key[0] != args.model, key[:2] != (args.model, args.task)))
+    rows.sort(key=lambda key: (key[0] != preset, key[:2] != (preset, args.task)))
     args.preset = " ".join(rows[0])
-    defaults = dict(batch_size=2048) | EXPERIMENTS[rows[0]] | MODELS.get(args.model, OTHER_MODEL)
+    defaults = dict(batch_size=2048) | EXPERIMENTS[rows[0]] | MODELS.get(preset, OTHER_MODEL)
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

@@ -266,7 +266,7 @@ def test_lora_trains_adapters_of_all_attention_projections_and_starts_at_the_ref
 @torch.no_grad()
 def test_one_network_serves_theta_the_reference_the_winner_and_the_loser(model, tmp_path):
     saved = {name: random_adapter(models.load(model.folder), tmp_path / name, i) for i, name in enumerate(["winner", "loser"])}
-    model = models.load(model.folder)
+    model, folder = models.load(model.folder), model.folder
     x, net = inputs(model), model.net
     saved |= dict(theta=random_adapter(model, tmp_path / "theta", 7), ref=None)
     policies = dict(theta=net, ref=models.with_adapter(net))
@@ -281,6 +281,8 @@ def test_one_network_serves_theta_the_reference_the_winner_and_the_loser(model, 
     with pytest.raises(TypeError):
         policies["winner"]()
     assert net.active_adapters() == ["theta"]
+    (tmp_path / "loser" / "training.json").write_text(json.dumps(dict(model=folder)))
+    close(model.predict(models.load(saved["loser"]).net, *x), predictions["loser"], rtol=1e-3, atol=1e-4)  # as a model of its own
 
 
 @torch.no_grad()
@@ -309,7 +311,7 @@ def test_an_adapter_of_another_model_is_refused_in_a_sentence(family_folders, tm
     assert "\n" not in str(stop.value)
 
 
-def test_loaded_without_safety_checker_in_the_given_precision_but_for_what_float16_breaks(model):
+def test_loaded_without_safety_checker_in_the_given_precision_but_for_what_float16_breaks(model, monkeypatch):
     wide = dict(sana=["text_encoder", "vae"], sd3=["text_encoder_3"]).get(model.family, [])
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     for dtype, net_dtype in ((float32, None), (bfloat16, None), (float16, None), (float16, float32), (bfloat16, float32)):
@@ -321,6 +323,9 @@ def test_loaded_without_safety_checker_in_the_given_precision_but_for_what_float
         assert one.dtype == one.net.dtype == (net_dtype or dtype)
         assert getattr(one.pipe, "safety_checker", None) is None
     assert {x.dtype for x in one.encode(PROMPTS).values()} == {float32}  # what the network takes
+    monkeypatch.setitem(models.PRESETS, "sana-1.6b", model.folder)
+    whole = models.load("sana-1.6b", dtype=float16)
+    assert {p.dtype for part in (whole.net, whole.pipe.text_encoder, whole.pipe.vae) for p in part.parameters()} == {bfloat16}
 
 
 def test_what_cannot_be_loaded_is_said_in_a_sentence_and_code_of_a_model_never_runs(family_folders, tmp_path, monkeypatch):

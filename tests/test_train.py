@@ -278,14 +278,14 @@ def test_an_overflow_is_done_again_with_a_smaller_scale_and_is_no_update(sd, pai
     monkeypatch.setattr(train, "FIRST_SCALE", 2.0**30)
     weights = run(sd, pairs, tmp_path / "b", "--updates", 3, "--precision", "fp16")
     skipped = read_log(tmp_path / "b")
-    assert log[0]["skipped"] == 0 and log[0]["loss_scale"] == 2.0**12
+    assert log[0]["skipped"] == 0 and log[0]["loss_scale"] == 2.0**5
     assert skipped[0]["skipped"] >= 5 and skipped[0]["loss_scale"] == 2.0**30 / 2 ** skipped[0]["skipped"]
     assert "update 1 overflowed and is done again" in capsys.readouterr().err
     assert [row["update"] for row in skipped] == [1, 2, 3]
     assert all(a[k] == b[k] for a, b in zip(log[:1], skipped) for k in ("pairs_by_t", "lr", "loss", "accuracy"))
     assert [row["pairs_by_t"] for row in skipped] == [row["pairs_by_t"] for row in log]
     assert same(weights, expected, atol=5e-5, outliers=20_000)  # rounding is another at another scale
-    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**12)  # a stop keeps the scale and the count
+    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**5)  # a stop keeps the scale and the count
     run(sd, pairs, tmp_path / "b", "--updates", 4, "--precision", "fp16")
     assert [read_log(tmp_path / "b")[3][k] for k in ("skipped", "loss_scale")] == [skipped[2][k] for k in ("skipped", "loss_scale")]
 
@@ -293,7 +293,7 @@ def test_an_overflow_is_done_again_with_a_smaller_scale_and_is_no_update(sd, pai
 def test_the_scale_grows_again(sd, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "GROW_AFTER", 2)
     run(sd, pairs, tmp_path, "--updates", 4, "--precision", "fp16")
-    assert [row["loss_scale"] for row in read_log(tmp_path)] == [2.0**12, 2.0**13, 2.0**13, 2.0**14]
+    assert [row["loss_scale"] for row in read_log(tmp_path)] == [2.0**5, 2.0**6, 2.0**6, 2.0**7]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -470,7 +470,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(sd, pairs, 
     monkeypatch.setattr(train, "step_loss", step_loss)
     _, pair = train.slots(10, 0, 3, 4)[1]
     with pytest.raises(SystemExit, match=rf"update 4: the loss of the pairs \['p{pair}'\] is not finite"):
-        run(sd, pairs, tmp_path, "--updates", 6)
+        run(sd, pairs, tmp_path, "--updates", 6, "--micro-batch", 1)
     assert [row["update"] for row in read_log(tmp_path)] == [1, 2, 3]
     assert [f for f in os.listdir(tmp_path) if f.endswith("pt")] == ["checkpoint-000002.pt"]
 
@@ -567,6 +567,18 @@ def test_the_short_command_is_the_papers_experiment():
     assert (args.beta, args.lr, args.warmup, args.out) == (8000, 3e-6, 0, "runs/folder-diffusion-dpo")
 
 
+def test_a_folder_or_a_hub_id_takes_the_settings_of_its_family(tmp_path):
+    import tiny_models
+
+    for family, preset in (("sd", "sd14"), ("sd2", "sd14"), ("sdxl", "sdxl"), ("sana", "sana"), ("sd3", "sd3")):
+        tiny_models.make(str(tmp_path / family), family)
+        args = train.parse(["--model", str(tmp_path / family)])
+        assert args.preset == f"{preset} alignment ddspo" and args.lora_rank == (128 if family in ("sana", "sd3") else 0)
+        assert models.latents_of(str(tmp_path / family)) == (list((m := models.load(str(tmp_path / family))).latent_shape), models.latent_scale(m))
+    args = train.parse(["--model", "Efficient-Large-Model/Sana_600M_1024px_diffusers"])
+    assert (args.beta, args.lora_rank, args.out) == (2000, 128, "runs/Sana_600M_1024px_diffusers-ddspo")
+
+
 @pytest.mark.parametrize("flags, expected", [
     ("sd15 --task aesthetic", dict(beta=16000, lr=5.12e-6, updates=100, warmup=100, pairs="pairs/sd15-aesthetic", out="runs/sd15-aesthetic-ddspo")),
     ("sdxl", dict(beta=16000, updates=500, warmup=100, micro_batch=1, lora_rank=0)),
@@ -622,6 +634,9 @@ def test_tensorboard_holds_the_numbers_of_the_log(sd, pairs, tmp_path):
     for name in ("loss", "winner", "loser", "accuracy", "grad_norm", "lr", "drift"):
         values = [(event.step, event.value) for event in events.Scalars(name)]
         assert values == [(row["update"], pytest.approx(row[name], rel=1e-6)) for row in log]
+    assert [event.value for event in events.Scalars("logit_quantiles/2")] == pytest.approx([row["logit_quantiles"][2] for row in log])
+    winner = [(row["update"], pytest.approx(row["winner_by_t"][3])) for row in log if row["winner_by_t"][3] is not None]
+    assert winner and [(event.step, event.value) for event in events.Scalars("winner_by_t/3")] == winner
 
 
 def test_quantiles_of_the_logit_are_over_all_pairs_of_the_update(sd, pairs, tmp_path, monkeypatch):
