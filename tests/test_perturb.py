@@ -568,7 +568,10 @@ def test_a_chat_model_is_asked_by_its_own_template_padded_on_the_left_and_answer
 
     def generate(self, **how):
         calls.append(how)
-        return real(self, **how | dict(max_new_tokens=8))
+        assert self.dtype == torch.float32  # on a CPU
+        out = real(self, **how | dict(max_new_tokens=8))
+        out[:, -1] = tokenizer.eos_token_id
+        return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
     ask = perturb.load_llm(str(tmp_path / "llama"), "Do it.", 2, torch.device("cpu"))
@@ -584,7 +587,21 @@ def test_a_chat_model_is_asked_by_its_own_template_padded_on_the_left_and_answer
         content = "Do it.\n\n" + json.dumps(dict(prompt=c), ensure_ascii=False)
         assert tokenizer.decode(text[mask]) == f"<|bos|>user: {content}<|eot|>assistant: "
         assert (text[mask] == tokenizer.eos_token_id).sum() == 1  # that of the prompt is but text
-    assert not any("Do it" in answer for answer in answers)
+    assert not any("Do it" in answer or "<|" in answer for answer in answers)
+
+
+def test_no_code_and_no_pickle_of_a_chat_model_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_llama("llama", TEMPLATE)
+    for file, names in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
+        config = json.load(open(f"llama/{file}")) | dict(auto_map={names: "evil.Evil" if "Model" in names else ["evil.Evil", None]})
+        json.dump(config, open(f"llama/{file}", "w"))
+    open("llama/evil.py", "w").write(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n")
+    perturb.load_llm("llama", "", 1, torch.device("cpu"))
+    os.rename("llama/model.safetensors", "llama/pytorch_model.bin")
+    with pytest.raises(SystemExit, match="--llm llama is no folder or hub id .* safetensors only"):
+        perturb.load_llm("llama", "", 1, torch.device("cpu"))
+    assert not os.path.exists("executed")
 
 
 def test_two_processes_with_a_real_llama_write_what_one_writes(tmp_path, monkeypatch):
