@@ -407,7 +407,7 @@ def command(sd, pairs, out, *flags, processes=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--fsdp"], ["--lora-rank", "2"]])
+@pytest.mark.parametrize("flags", [["--lora-rank", "2"], ["--fsdp"]])
 def test_two_processes_are_one_also_if_their_number_changes_at_a_stop(flags, sd, pairs, tmp_path):
     expected = run(sd, pairs, tmp_path / "one", "--updates", 6, *(f for f in flags if f != "--fsdp"))
     for updates in ("2", "4"):  # two processes, then again two
@@ -423,7 +423,7 @@ def test_two_processes_are_one_also_if_their_number_changes_at_a_stop(flags, sd,
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(sd, pairs, straight, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for file in ("log.jsonl", "checkpoint-000002.pt.partial", "checkpoint-000004.pt", "pipeline.partial"):
+    for file in ("checkpoint-000002.pt.partial", "pipeline.partial"):  # test_faults.py has every moment, for an adapter
         process = subprocess.Popen(command(sd, pairs, tmp_path, "--updates", "6"), env=environment, stderr=subprocess.DEVNULL)
         while not os.path.exists(tmp_path / file) and process.poll() is None:
             time.sleep(0.001)
