@@ -311,7 +311,7 @@ def test_an_adapter_of_another_model_is_refused_in_a_sentence(family_folders, tm
     assert "\n" not in str(stop.value)
 
 
-def test_loaded_in_the_given_precision_but_for_what_float16_breaks(model, monkeypatch):
+def test_loaded_in_the_given_precision_but_for_what_float16_breaks_and_on_the_given_devices(model, monkeypatch):
     wide = dict(sana=["text_encoder", "vae"], sd3=["text_encoder_3"]).get(model.family, [])
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     for dtype, net_dtype in ((float32, None), (bfloat16, None), (float16, None), (float16, float32), (bfloat16, float32)):
@@ -322,6 +322,11 @@ def test_loaded_in_the_given_precision_but_for_what_float16_breaks(model, monkey
             assert not isinstance(part, torch.nn.Module) or {p.dtype for p in part.parameters()} == {expected}, name
         assert one.dtype == one.net.dtype == (net_dtype or dtype)
     assert {x.dtype for x in one.encode(PROMPTS).values()} == {float32}  # what the network takes
+    for device, net_device in (("meta", None), ("cpu", "meta")):
+        one = models.load(model.folder, device, net_device=net_device)
+        parts = {name: part for name, part in one.pipe.components.items() if isinstance(part, torch.nn.Module)}
+        assert all(p.device.type == (net_device if name == one.net_name and net_device else device)
+                   for name, part in parts.items() for p in part.parameters())
     monkeypatch.setitem(models.PRESETS, "sana-1.6b", model.folder)
     whole = models.load("sana-1.6b", dtype=float16)
     assert {p.dtype for part in (whole.net, whole.pipe.text_encoder, whole.pipe.vae) for p in part.parameters()} == {bfloat16}

@@ -97,6 +97,8 @@ def test_short_prompts_are_left_out_and_named_and_repeated_variants_dropped(tmp_
     rows = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
     assert {row["c_minus"] for row in rows if row["c"] == "two words"} == {"two", "words"}
     assert len(rows) == 5 and len({row["id"] for row in rows}) == 5
+    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--variants", "2"])
+    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["000001-0", "000001-1", "000004-0", "000004-1"]
     assert "left out 2 prompts of fewer than two words, in lines 2, 3" in capsys.readouterr().out
 
 
@@ -127,7 +129,7 @@ def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
     (["none.txt", "out.jsonl"], "no file none.txt"),
     (["p.txt", "p.txt"], "the file of prompts itself"),
     (["p.txt", "out.jsonl", "--variants", "0"], "--variants must be 1 or more, not 0"),
-    (["p.txt", "out.jsonl", "--low", "0.8"], "--low and --high"),
+    (["p.txt", "out.jsonl", "--low", "0.8"], "--low and --high"), (["p.txt", "out.jsonl", "--high", "1"], "--low and --high"),
     (["p.txt", "."], ". is a folder"), (["p.txt", "p.txt/out.jsonl"], "cannot write p.txt/out.jsonl: "),
     (["short.txt", "out.jsonl"], "no prompt of two words or more"),
 ])
@@ -323,9 +325,9 @@ def test_what_cannot_be_used_is_asked_again_with_another_seed_and_in_the_end_rej
 
 
 def scripted(name, instruction, batch_size, device):
-    """A chat model whose answers are random, by the seed, the instruction and all prompts of the call; half are no use."""
+    """A chat model whose answers are random, by the seed, the instruction and the number of prompts; half are no use."""
     def ask(prompts, seed):
-        rng = random.Random(f"{seed} {instruction} {prompts}")
+        rng = random.Random(f"{seed} {instruction} {len(prompts)}")
         return [rng.choice(["no", json.dumps(dict(prompt=f"{name} {rng.random()}"))]) for _ in prompts]
     return ask
 
