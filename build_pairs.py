@@ -37,8 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-import evaluate
 import models
+import plots
 from perturb import check_flags, locked, read_rows, stop_if_bad, write_text
 
 # ---- the pair store
@@ -304,7 +304,7 @@ def inspect(folder):
     sides = ("x_0_w", 1, "c"), ("x_0_l", 2, "c_minus")
     columns = [(title, models.decode(model, torch.stack([pair[i] for pair in shown])), [pair[0][key] for pair in shown])
                for title, i, key in sides if shown[0][i] is not None]
-    evaluate.draw_pairs(columns, os.path.normpath(folder) + ".png")
+    plots.draw_pairs(columns, os.path.normpath(folder) + ".png")
 
 
 def quantiles(values):

@@ -30,6 +30,7 @@ import build_pairs  # noqa: E402
 import evaluate  # noqa: E402
 import models  # noqa: E402
 import perturb  # noqa: E402
+import plots  # noqa: E402
 import train  # noqa: E402
 
 matplotlib.use("Agg")
@@ -474,7 +475,7 @@ def draw_curves(runs, updates, path):
         axis.plot([updates * q // QUARTERS[-1] for q in (0, *QUARTERS)], shares, marker="o", label=method)
     axis.set(xlabel="updates", ylabel="prompts with everything right")
     axis.legend(fontsize=8)
-    evaluate.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def main(argv=None):

@@ -41,8 +41,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-import evaluate
 import models
+import plots
 from build_pairs import PairStore, check_store, checksum
 from loss import dspo_loss, preference_loss
 from perturb import check_flags, locked, write_text
@@ -352,7 +352,7 @@ def finished(args):
 def main(argv=None):
     args = parse(argv)
     if args.plot:
-        return evaluate.draw_curves(args.plot)
+        return plots.draw_curves(args.plot)
     patience = datetime.timedelta(minutes=30)  # [g] others may wait while the first process writes
     with models.processes(patience) as (rank, world, device), contextlib.ExitStack() as stack:
         check_processes(args, world, device)
@@ -482,7 +482,7 @@ def main(argv=None):
         if rank == 0:
             export(args, model, state)
             print(f"wrote {result(args)}")
-            evaluate.draw_curves(os.path.join(args.out, "log.jsonl"))
+            plots.draw_curves(os.path.join(args.out, "log.jsonl"))
 
 
 def add_up(tensors):
@@ -585,7 +585,7 @@ def preview(args, model, policies, store, update, device):
         with precision(device, args.precision):
             x_0 = models.sample(model, c, x_T, model.steps, model.guidance)
         columns.append((title, models.decode(model, x_0)))  # not in half precision, where SDXL's decoder overflows
-    evaluate.draw_grid(prompts, columns, os.path.join(args.out, f"preview-{update:06d}.png"))
+    plots.draw_grid(prompts, columns, os.path.join(args.out, f"preview-{update:06d}.png"))
 
 
 # ---- the flags, and what can be wrong with them or with the pairs

@@ -13,6 +13,7 @@ from test_train import read_log
 import build_pairs
 import evaluate
 import models
+import plots
 import train
 
 FAMILIES = ["sd", "sd2", "sdxl", "sana", "sd3"]
@@ -70,7 +71,7 @@ def test_prompts_to_pairs_to_training_to_a_stop_to_a_result_to_an_image(family, 
     (tmp_path / "prompts.txt").write_text("a red fox\n")
     evaluate.main(["grid", "--models", model, str(result), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2",
                    "--out", str(tmp_path / "grid.png")])
-    assert evaluate.plt.imread(tmp_path / "grid.png").std() > 0.05
+    assert plots.plt.imread(tmp_path / "grid.png").std() > 0.05
 
 
 def test_trained_adapters_as_winning_and_losing_policies(family, tmp_path):

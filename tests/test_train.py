@@ -607,7 +607,7 @@ def test_the_law_of_the_learning_rate_holds_where_it_is_said_to():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_previews_show_the_reference_beside_the_student(rank, sd, pairs, tmp_path, monkeypatch):
     drawn, straight = {}, run(sd, pairs, tmp_path / "without", "--updates", 4, "--lora-rank", rank)
-    monkeypatch.setattr(train.evaluate, "draw_grid", lambda prompts, columns, path: drawn.update({path: (prompts, columns)}))
+    monkeypatch.setattr(train.plots, "draw_grid", lambda prompts, columns, path: drawn.update({path: (prompts, columns)}))
     assert same(run(sd, pairs, tmp_path / "run", "--updates", 4, "--preview", 2, "--lora-rank", rank), straight)  # it changes nothing
     (prompts, two), (_, four) = (drawn[str(tmp_path / "run" / f"preview-{n:06d}.png")] for n in (2, 4))
     assert len(drawn) == 2 and prompts == [f"a {x} on a hill" for x in ("red fox", "blue cup", "old boat", "green hat")]
@@ -665,7 +665,7 @@ def test_curves_are_drawn_at_the_end_and_again_from_a_log(straight, tmp_path, mo
     assert (straight[0] / "curves.png").stat().st_size > 20_000
     shutil.copy(straight[0] / "log.jsonl", tmp_path)
     lines = {}
-    monkeypatch.setattr(train.evaluate, "save_figure", lambda figure, path: lines.update({ax.get_title(): ax.lines for ax in figure.axes}))
+    monkeypatch.setattr(train.plots, "save_figure", lambda figure, path: lines.update({ax.get_title(): ax.lines for ax in figure.axes}))
     train.main(["--plot", str(tmp_path / "log.jsonl")])
     log = read_log(straight[0])
     drawn = {title: [list(line.get_ydata()) for line in ls] for title, ls in lines.items()}
