@@ -1,12 +1,20 @@
 """bench.py: what it prints was measured on the same work, and nothing is printed where the two ways disagree."""
 
+import functools
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import build_pairs
+import models
 
 
 def numbers(text):
@@ -49,3 +57,91 @@ def test_numbers_out_of_range_are_named():
     for flags in (["pairs", "--model", "x", "--turns", "0"], ["store", "--pairs", "0"]):
         with pytest.raises(SystemExit, match="must be 1 or more"):
             bench.main(flags)
+
+
+# ---- the training step
+
+TINY = {"tiny": ("sd", {}, 0, 2), "tiny-sana": ("sana", {}, 4, 2)}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    for name, row in TINY.items():
+        monkeypatch.setitem(bench.ARCHITECTURES, name, row)
+    monkeypatch.setattr(bench, "matmul_peak", lambda device: 1e9)
+
+
+@pytest.mark.parametrize("name, arms", [("tiny", 3), ("tiny-sana", 4)])
+def test_the_step_is_timed_in_turns_on_equal_work(tiny, name, arms, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    slow, order = [0.3], []
+    for arm in ("naive_loss", "our_loss"):  # our step is made slow, and the table must say so
+        real = getattr(bench, arm)
+
+        def loss(*arguments, real=real, arm=arm, **kinds):
+            order.append(arm)
+            if arm == "our_loss":
+                end = time.process_time() + slow[0]
+                while time.process_time() < end:
+                    pass
+            return real(*arguments, **kinds)
+        monkeypatch.setattr(bench, arm, loss)
+    bench.main(["step", "--model", name, "--seconds", "0", *["--compile"] * (arms == 4)])
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    rows = {row[0]: row for row in lines[:arms]}
+    assert list(rows) == [f"{name}, {arm}" for arm in ("naive", "ours", "naive, again", "ours, compiled")[:arms]]
+    ours, again = numbers(rows[f"{name}, ours"][2]), numbers(rows[f"{name}, naive, again"][2])
+    assert ours[1] <= ours[0] <= ours[2] and ours[0] < 0.8 * again[0]
+    assert numbers(rows[f"{name}, naive"][2]) == [1, 1, 1]
+    micro, end = (float(rows[f"{name}, ours"][k].split()[0]) / 1e3 for k in (3, 4))
+    assert 0.3 < micro < 1 and float(rows[f"{name}, ours"][1]) == pytest.approx(2 / (micro + end), rel=0.1)  # 2 pairs an update
+    flops = float(re.search(r"([\d.e-]+) TFLOP a pair", " ".join(lines[arms])).group(1)) * 1e12
+    share = float(rows[f"{name}, ours"][5].rstrip("%")) / 100
+    assert share == pytest.approx(float(rows[f"{name}, ours"][1]) * flops / 1e9, rel=0.2, abs=0.005)
+    timed = order[-3 * arms:]  # three turns, each begun by another arm
+    assert timed[:3] != timed[arms:arms + 3] and timed.count("naive_loss") == 6
+
+
+@pytest.mark.parametrize("what, change", [("loss", lambda loss: loss * 1.01), ("gradient", lambda loss: loss.detach() + 1.01 * (loss - loss.detach()))])
+def test_nothing_is_timed_unless_loss_and_gradient_agree(tiny, what, change, capsys, monkeypatch):
+    real = bench.our_loss
+    monkeypatch.setattr(bench, "our_loss", lambda *arguments, **kinds: change(real(*arguments, **kinds)))
+    with pytest.raises(SystemExit, match=f"tiny: the {what} of 'ours' is off by 0.01 of naive's: nothing is timed"):
+        bench.main(["step", "--model", "tiny", "--seconds", "0"])
+    assert "tiny" not in capsys.readouterr().out
+
+
+def test_floors_count_nine_forward_passes_a_pair(tiny, capsys):
+    model = bench.build("sd", {}, "cpu")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        c = model.encode(["a"])
+        before = counter.get_total_flops()
+        model.predict(model.net, torch.zeros(1, *model.latent_shape), torch.tensor([3]), c)
+    forward = counter.get_total_flops() - before
+    bench.main(["step", "--model", "tiny", "--seconds", "0"])
+    assert f"{9 * forward / 1e12:.4g} TFLOP a pair" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, millions", [("mid", 12.8), ("sd14", 859.5), ("sdxl", 2567.5), ("sana", 591.8)])
+def test_the_networks_are_of_the_published_sizes(name, millions):
+    family, sizes, _, _ = bench.ARCHITECTURES[name]
+    assert sum(p.numel() for p in bench.build(family, sizes, "meta").net.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_the_real_networks_need_a_gpu():
+    with pytest.raises(SystemExit, match="need a GPU: on a CPU take mid"):
+        bench.main(["step", "--model", "sd14", "--device", "cpu"])
+
+
+@pytest.mark.slow
+def test_an_update_sends_each_gradient_once(sd, pairs, tmp_path):
+    trained = {0: sum(p.numel() for p in models.load(sd).net.parameters())}
+    for rank, tensors in ((0, 208), (4, 64)):
+        out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                              os.path.join(os.path.dirname(bench.__file__), "bench.py"), "network", "--model", sd, "--store", pairs,
+                              "--lora-rank", str(rank)], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+                             env=os.environ | dict(OMP_NUM_THREADS="1")).stdout
+        calls, sent = map(int, re.search(r"2 updates of 8 micro-batches: (\d+) calls of all_reduce, (\d+) bytes", out).groups())
+        assert calls == 2 * (tensors + 1)  # not once a micro-batch; and one for what is logged
+        if rank == 0:
+            assert sent == 2 * 4 * (trained[0] + 10 * 7 + 32 + 1)

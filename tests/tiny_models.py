@@ -19,16 +19,15 @@ CLIP, CLIP_PROJECTED = transformers.CLIPTextModel, transformers.CLIPTextModelWit
 SD_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 
 
-def clip(model=CLIP, width=32, pad="<|endoftext|>", **config):
+def clip(model=CLIP, pad="<|endoftext|>", **config):
     """A tokenizer that knows single characters only (different prompts are encoded differently), and its encoder."""
     letters = sorted(ByteLevel.alphabet())
     vocabulary = [*letters, *[x + "</w>" for x in letters], "<|startoftext|>", "<|endoftext|>"]
     tokenizer = transformers.CLIPTokenizer({token: i for i, token in enumerate(vocabulary)}, [], pad_token=pad,
                                            model_max_length=77)
-    return tokenizer, model(transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=77, bos_token_id=len(vocabulary) - 2,
-        eos_token_id=len(vocabulary) - 1, **config))
+    return tokenizer, model(transformers.CLIPTextConfig(**{**dict(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=77, bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1), **config}))
 
 
 def unet(**changes):
@@ -44,11 +43,11 @@ def vae(latent_channels=4, **config):
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, **config)
 
 
-def sd():
-    tokenizer, text_encoder = clip()
+def sd(net=None, text=None):
+    tokenizer, text_encoder = clip(**text or {})
     scheduler = diffusers.PNDMScheduler(**SD_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
     return diffusers.StableDiffusionPipeline(
-        unet=unet(), vae=vae(), text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler,
+        unet=unet(**net or {}), vae=vae(), text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
@@ -62,14 +61,15 @@ def sd2():
         requires_safety_checker=False)
 
 
-def sdxl():
-    tokenizer, text_encoder = clip(projection_dim=32)
-    tokenizer_2, text_encoder_2 = clip(CLIP_PROJECTED, 48, "!", hidden_act="gelu", projection_dim=48)
-    network = unet(
+def sdxl(net=None, text=None, text_2=None):
+    tokenizer, text_encoder = clip(**text or dict(projection_dim=32))
+    tokenizer_2, text_encoder_2 = clip(CLIP_PROJECTED, "!", hidden_act="gelu",
+                                       **text_2 or dict(hidden_size=48, projection_dim=48))
+    network = unet(**net or dict(
         attention_head_dim=[2, 4], use_linear_projection=True, transformer_layers_per_block=[1, 2],
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32 + 48, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=48 + 6 * 8)
+        projection_class_embeddings_input_dim=48 + 6 * 8))
     scheduler = diffusers.EulerDiscreteScheduler(**SD_SCHEDULE, timestep_spacing="leading")
     return diffusers.StableDiffusionXLPipeline(
         unet=network, vae=vae(scaling_factor=0.13025, force_upcast=True), text_encoder=text_encoder,
@@ -77,17 +77,17 @@ def sdxl():
         force_zeros_for_empty_prompt=True)
 
 
-def sana():
+def sana(net=None):
     # bytes, and one token for the space; the default instruction before the prompt is 1,058 tokens long
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *[f"<0x{i:02X}>" for i in range(256)], "▁"]
     tokenizer = transformers.GemmaTokenizer({token: i for i, token in enumerate(vocabulary)}, add_bos_token=True)
     text_encoder = transformers.Gemma2Model(transformers.Gemma2Config(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, initializer_range=0.2))
-    transformer = diffusers.SanaTransformer2DModel(
+    transformer = diffusers.SanaTransformer2DModel(**net or dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=32,
-        sample_size=8)
+        sample_size=8))
     half = dict(block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"), block_out_channels=(8, 8, 8, 8),
                 layers_per_block=(1, 1, 1, 1), qkv_multiscales=((), (), (), (5,)))
     autoencoder = diffusers.AutoencoderDC(
@@ -101,7 +101,7 @@ def sana():
 
 def sd3():
     tokenizer, text_encoder = clip(CLIP_PROJECTED, projection_dim=32)
-    tokenizer_2, text_encoder_2 = clip(CLIP_PROJECTED, 48, "!", hidden_act="gelu", projection_dim=48)
+    tokenizer_2, text_encoder_2 = clip(CLIP_PROJECTED, "!", hidden_size=48, hidden_act="gelu", projection_dim=48)
     letters = "▁" + string.digits + string.ascii_letters + string.punctuation
     scores = [(x, 0.0) for x in ("<pad>", "</s>", "<unk>")] + [(x, -1.0) for x in letters]
     tokenizer_3 = transformers.T5Tokenizer(scores, model_max_length=512)
