@@ -20,6 +20,7 @@ what it found, a line an image, in scores/. `table` makes means, 95 % intervals 
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import html
@@ -27,18 +28,21 @@ import io
 import itertools
 import json
 import os
+import pickle
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from tqdm import tqdm
 
 import models
 import plots
-from perturb import check_flags, locked, read_rows, write_text
+from perturb import check_flags, locked, read_rows, to_lines, write_text
 
 # ---- what to generate
 
@@ -79,9 +83,24 @@ def fetch(name, data):
 def items(bench, data):
     """All images of a benchmark in their order: dicts of path (in a run's folder), prompt, group (the tag, category or
     style), index (of the prompt in its group) and what the scorer needs besides."""
+    try:
+        found = read_lists(bench, data)
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"cannot read the lists of prompts in {data}/{bench} ({error}): delete that folder, so that they are "
+                 "fetched again.")
+    if len({row["path"] for row in found}) != COUNTS[bench]:
+        sys.exit(f"the lists of prompts in {data}/{bench} give {len(found)} images, not {COUNTS[bench]}: delete that "
+                 "folder, so that they are fetched again.")
+    return found
+
+
+def read_lists(bench, data):
+    def text(name):
+        with open(fetch(name, data), encoding="utf-8", newline="") as file:
+            return file.read()
+
     def lines(name):
-        with open(fetch(name, data), encoding="utf-8") as file:
-            return file.read().splitlines()
+        return [line.strip("\r") for line in text(name).split("\n") if line.strip()]
 
     found = []
     if bench == "geneval":
@@ -98,14 +117,13 @@ def items(bench, data):
                 found += [dict(path=f"compbench/{category}/samples/{prompt}_{10 * i + k:06d}.png", prompt=prompt,
                                group=category, index=i, kind=kind) for k in range(10)]
     elif bench == "coco":
-        rows = csv.reader(lines("coco/metadata.csv")[1:])
+        rows = itertools.islice(csv.reader(io.StringIO(text("coco/metadata.csv"))), 1, None)
         found = [dict(path=f"coco/im256/{name}", prompt=prompt, group="coco", index=i)
                  for i, (name, prompt, *_) in enumerate(rows)]
     elif bench == "hps":
         for style in STYLES:
-            prompts = json.loads("\n".join(lines(f"hps/{style}.json")))
             found += [dict(path=f"hps/{style}/{i:05d}.jpg", prompt=prompt, group=style, index=i)
-                      for i, prompt in enumerate(prompts)]
+                      for i, prompt in enumerate(json.loads(text(f"hps/{style}.json")))]
     elif bench == "pick":  # not by csv: its quotation marks are a prompt's own
         found = [dict(path=f"pick/images/{i:05d}.jpg", prompt=line.split("\t")[0], group="pick", index=i)
                  for i, line in enumerate(lines("pick/PartiPrompts.tsv")[1:])]
@@ -114,9 +132,6 @@ def items(bench, data):
 
         found = [dict(path=f"shapes/{i:05d}.png", prompt=p["caption"], group="shapes", index=i, metadata=p)
                  for i, p in enumerate(shapes.make_prompts([0, 2], COUNTS["shapes"], held_out_share=0.25))]
-    if len({row["path"] for row in found}) != COUNTS[bench]:
-        sys.exit(f"the lists of prompts in {data}/{bench} give {len(found)} images, not {COUNTS[bench]}: delete that "
-                 "folder, so that they are fetched again.")
     return found
 
 
@@ -138,21 +153,36 @@ def sample_images(model, prompts, seeds, steps, guidance):
 def load_model(name, args, device):
     """The model, its sampling steps and its guidance scale."""
     model = models.load(name, device, torch.float16 if device.type == "cuda" else torch.float32)
+    model.pipe.vae.enable_slicing()  # a decoder at 1024 pixels needs gigabytes an image
     return (model, model.steps if args.steps is None else args.steps,
             model.guidance if args.guidance is None else args.guidance)
 
 
 def settings_of(model, steps, guidance, args):
-    """What images depend on, with a checksum of the network's weights: the same path may hold another run's."""
+    """What images depend on. A checksum stands for the network's weights: the same path may hold another run's."""
     weights = hashlib.sha256()
     for name, x in sorted(model.net.state_dict().items()):
         weights.update(name.encode() + x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     base, note = args.model, os.path.join(args.model, "training.json")
     if os.path.exists(note):
-        base = read_json(note)["model"]
-    return dict(model=args.model, preset=models.preset_of(base), weights=weights.hexdigest()[:16], steps=steps,
-                guidance=guidance, seed=args.seed, sampler=type(model.pipe.scheduler).__name__,
-                precision=str(model.dtype), batch_size=args.batch_size)
+        base = read_json(note).get("model", base)
+    preset = {path: preset for preset, path in models.PRESETS.items()}.get(base, base)
+    return dict(model=args.model, preset=preset, weights=weights.hexdigest()[:16], steps=steps, guidance=guidance,
+                seed=args.seed, sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
+                batch_size=args.batch_size)
+
+
+FIXED = ("weights", "steps", "guidance", "seed", "sampler", "precision")  # of a run's images; the rest is a note
+
+
+def check_settings(path, settings, lists, advice):
+    """Stops if `path` is of images with other settings or prompts; gives its lists of prompts and these together."""
+    old = read_settings(path) if os.path.exists(path) else settings | dict(lists={})
+    differ = [f"{key} {old.get(key)}, not {settings[key]}" for key in FIXED if old.get(key) != settings[key]]
+    differ += [f"other prompts of {bench}" for bench in lists if old["lists"].get(bench, lists[bench]) != lists[bench]]
+    if differ:
+        sys.exit(f"{path} is of images made with {'; '.join(differ)}: {advice}.")
+    return old["lists"] | lists
 
 
 def generate(args):
@@ -162,32 +192,26 @@ def generate(args):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     every = {bench: items(bench, args.data) for bench in args.bench}
     model, steps, guidance = load_model(args.model, args, device)
-    settings, path = settings_of(model, steps, guidance, args), os.path.join(args.out, "settings.json")
-    lists = {bench: digest(rows) for bench, rows in every.items()}
-    if os.path.exists(path):
-        old = read_json(path)
-        old_lists = old.pop("lists")
-        differ = [f"{key} {old.get(key)}, not {value}" for key, value in settings.items() if old.get(key) != value]
-        differ += [f"other prompts of {bench}" for bench in lists if old_lists.get(bench, lists[bench]) != lists[bench]]
-        if differ:
-            sys.exit(f"{args.out} holds images made with {'; '.join(differ)}: give another --out.")
-        lists = old_lists | lists
-    if rank == 0:
-        write_text(path, json.dumps(settings | dict(lists=lists), indent=1) + "\n")
-    for bench, rows in every.items():
-        for row in rows if bench == "geneval" and rank == 0 else ():
-            if row["path"].endswith("00000.png"):
-                note = os.path.join(args.out, os.path.dirname(row["path"]), "..", "metadata.jsonl")
-                write_text(os.path.normpath(note), json.dumps(row["metadata"]) + "\n")
-        starts = range(0, len(rows), args.batch_size)[rank::world]
-        for start in tqdm(starts, f"generate {bench}", disable=rank > 0):
-            batch = rows[start:start + args.batch_size]
-            missing = [not os.path.exists(os.path.join(args.out, row["path"])) for row in batch]
-            if any(missing):
-                seeds = range(args.seed + start, args.seed + start + len(batch))
-                images = sample_images(model, [row["prompt"] for row in batch], seeds, steps, guidance)
-                for row, image, new in zip(batch, images, missing):
-                    if new:
+    path = os.path.join(args.out, "settings.json")
+    with locked(args.out) if rank == 0 else contextlib.nullcontext():
+        if not os.path.exists(path) and set(os.listdir(args.out) if os.path.isdir(args.out) else ()) & set(COUNTS):
+            sys.exit(f"{args.out} holds images but no settings.json that says how they were made: give another --out.")
+        settings = settings_of(model, steps, guidance, args)
+        lists = {bench: digest(rows) for bench, rows in every.items()}
+        lists = check_settings(path, settings, lists, "give another --out")
+        if rank == 0:
+            write_text(path, json.dumps(settings | dict(lists=lists), indent=1) + "\n")
+        for bench, rows in every.items():
+            for row in rows[::4] if bench == "geneval" and rank == 0 else ():
+                folder = os.path.dirname(os.path.dirname(os.path.join(args.out, row["path"])))
+                write_text(os.path.join(folder, "metadata.jsonl"), json.dumps(row["metadata"]) + "\n")
+            for start in tqdm(range(0, len(rows), args.batch_size)[rank::world], f"generate {bench}", disable=rank > 0):
+                batch = rows[start:start + args.batch_size]
+                missing = [not os.path.exists(os.path.join(args.out, row["path"])) for row in batch]
+                if any(missing):
+                    seeds = range(args.seed + start, args.seed + start + len(batch))
+                    images = sample_images(model, [row["prompt"] for row in batch], seeds, steps, guidance)
+                    for row, image in itertools.compress(zip(batch, images), missing):
                         save_image(image, os.path.join(args.out, row["path"]))
 
 
@@ -198,12 +222,9 @@ def save_image(image, path):
         large = os.path.join(os.path.dirname(path), "..", "im512", os.path.basename(path))
         save_image(image, os.path.normpath(large))
         image = Image.open(os.path.normpath(large)).resize((256, 256))
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        image.save(path + ".partial", format="PNG" if path.endswith(".png") else "JPEG")
-        os.replace(path + ".partial", path)
-    except OSError as error:
-        sys.exit(f"cannot write {path}: {error.strerror}.")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    image.save(path + ".partial", format="PNG" if path.endswith(".png") else "JPEG")
+    os.replace(path + ".partial", path)
 
 
 # ---- GenEval's rules (djghosh13/geneval, evaluate_images.py)
@@ -375,11 +396,9 @@ COCO_MEAN, COCO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def from_hub(kind, name, device=None):
-    """A pretrained model or tokenizer of transformers."""
-    import transformers
-
+    """A pretrained model of transformers, in float32 on `device`; without device a tokenizer or a configuration."""
     try:
-        found = getattr(transformers, kind).from_pretrained(name)
+        found = getattr(transformers, kind).from_pretrained(name, **dict(dtype=torch.float32) if device else {})
     except OSError as error:
         sys.exit(f"cannot load {name}: {str(error).strip().splitlines()[0]}")
     return found.to(device).eval().requires_grad_(False) if device else found
@@ -525,10 +544,12 @@ def rename(name, renames):
 
 def from_url(build, config, url, convert, device):
     """A model of transformers with the weights of its authors' own checkpoint."""
+    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except OSError as error:
-        sys.exit(f"cannot fetch {url} ({error}): fetch it elsewhere and put it into {torch.hub.get_dir()}/checkpoints.")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        sys.exit(f"cannot fetch or read {url} ({error}): delete {place} if it is there, or fetch it elsewhere and put "
+                 "it there.")
     net = build(config)
     net.load_state_dict(convert(state))
     return net.to(device).eval().requires_grad_(False)
@@ -552,10 +573,8 @@ def blip_yes(net, image_states, ids):
 
 
 def load_blip(device, data):
-    from transformers import BlipConfig, BlipForQuestionAnswering
-
     nlp, tokenizer = load_spacy(), from_hub("AutoTokenizer", HUB["bert"])
-    net = from_url(BlipForQuestionAnswering, BlipConfig(**BLIP_CONFIG), BLIP,
+    net = from_url(transformers.BlipForQuestionAnswering, transformers.BlipConfig(**BLIP_CONFIG), BLIP,
                    lambda state: blip_from_salesforce(state["model"]), device)
     size = (net.config.vision_config.image_size,) * 2
 
@@ -564,14 +583,13 @@ def load_blip(device, data):
         found = []
         for prompt, group in itertools.groupby(zip(rows, images), lambda pair: pair[0]["prompt"]):
             pixels = torch.stack([to_tensor(image.resize(size, Image.BICUBIC)) for _, image in group]).to(device)
-            states = net.vision_model(pixels).last_hidden_state
-            answers = {}
+            states, answers = net.vision_model(pixels).last_hidden_state, []  # a phrase may come twice
             for phrase in compbench_phrases([chunk.text for chunk in nlp(prompt).noun_chunks]):
                 ids = tokenizer(compbench_question(phrase), truncation=True, max_length=35, return_tensors="pt")
-                answers[phrase] = blip_yes(net, states, ids.input_ids.to(device))
+                answers.append((phrase, blip_yes(net, states, ids.input_ids.to(device))))
             for k in range(len(states)):
-                yes = {phrase: p[k] for phrase, p in answers.items()}
-                found.append(dict(value=compbench_product(yes.values()), yes=yes))
+                found.append(dict(value=compbench_product([p[k] for _, p in answers]),
+                                  yes=[(phrase, p[k]) for phrase, p in answers]))
         return found
     return judge
 
@@ -637,10 +655,8 @@ def clip_from_open_clip(state):
 
 
 def load_hps(device, data):
-    from transformers import CLIPConfig, CLIPModel
-
     url = f"https://huggingface.co/{HUB['hps']}/resolve/main/HPS_v2_compressed.pt"  # version 2.0
-    net = from_url(CLIPModel, CLIPConfig.from_pretrained(HUB["clip_h"]), url,
+    net = from_url(transformers.CLIPModel, from_hub("CLIPConfig", HUB["clip_h"]), url,
                    lambda state: clip_from_open_clip(state["state_dict"]), device)
     tokenizer = from_hub("AutoTokenizer", HUB["clip_h"])
     judge = cosine(net, tokenizer, 100, hps_pixels)
@@ -678,16 +694,23 @@ def read_json(path):
         sys.exit(f"cannot read {path} ({error}).")
 
 
+def read_settings(path):
+    found = read_json(path)
+    if not isinstance(found, dict) or "lists" not in found:
+        sys.exit(f"{path} was not written by evaluate.py generate: give a folder that it made.")
+    return found
+
+
 def read_scores(path):
     """{path of an image: its row} of a file in scores/, less a last line that a stopped run left unfinished."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    whole = text[:text.rfind("\n") + 1]
-    if whole != text:
-        write_text(path, whole)
-    return {row["path"]: row for row in map(json.loads, whole.splitlines())}
+    rows = {}
+    for number, line in enumerate(open(path, encoding="utf-8") if os.path.exists(path) else (), 1):
+        try:
+            row = json.loads(line) if line.endswith("\n") else None
+        except ValueError as error:
+            sys.exit(f"{path}:{number} cannot be read ({error}): delete that line and give the command of score again.")
+        rows |= {row["path"]: row} if row else {}
+    return rows
 
 
 def official_spatial(run):
@@ -699,7 +722,8 @@ def official_spatial(run):
         if not os.path.exists(path):
             return None
         answers = {row["question_id"]: float(row["answer"]) for row in read_json(path)}
-        names = {int(name[:-4].rsplit("_", 1)[1]): name for name in os.listdir(os.path.join(folder, "samples"))}
+        names = [name for name in os.listdir(os.path.join(folder, "samples")) if name.endswith(".png")]
+        names = {int(name[:-4].rsplit("_", 1)[1]): name for name in names}
         if answers.keys() != names.keys():
             sys.exit(f"{path} has {len(answers)} answers to {len(names)} images: run the official script again.")
         found |= {f"compbench/{category}/samples/{names[k]}": answer for k, answer in answers.items()}
@@ -708,13 +732,10 @@ def official_spatial(run):
 
 def score(args):
     """Judges all images of the runs; a missing image is an error."""
-    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
-        sys.exit("score runs in one process: start it with python, not with torchrun.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for run in args.runs:
-        settings = read_json(os.path.join(run, "settings.json"))
-        benches = args.bench or [bench for bench in COUNTS if bench in settings["lists"]]
-        for bench in benches:
+        settings = read_settings(os.path.join(run, "settings.json"))
+        for bench in args.bench or settings["lists"]:
             rows = items(bench, args.data)
             if settings["lists"].get(bench) != digest(rows):
                 sys.exit(f"the images of {bench} in {run} were not made from the prompts in {args.data}.")
@@ -723,10 +744,9 @@ def score(args):
                 sys.exit(f"{len(missing)} of {len(rows)} images of {bench} are missing in {run}, first {missing[0]}: "
                          "give the command of generate again.")
             with locked(os.path.join(run, "scores")):
-                note, fixed = os.path.join(run, "scores", "settings.json"), settings | dict(lists=None)
-                if os.path.exists(note) and read_json(note) != fixed:
-                    sys.exit(f"{run}/scores are of other images than those that are there now: delete that folder.")
-                write_text(note, json.dumps(fixed, indent=1) + "\n")
+                note = os.path.join(run, "scores", "settings.json")
+                lists = check_settings(note, settings, {bench: digest(rows)}, "delete that folder of scores")
+                write_text(note, json.dumps(settings | dict(lists=lists), indent=1) + "\n")
                 if bench == "coco":
                     score_coco(run, rows, device, args)
                 for name, (of, groups, load) in JUDGES.items():
@@ -738,6 +758,7 @@ def score(args):
 def judge_all(run, name, rows, load, device, args):
     path = os.path.join(run, "scores", f"{name}.jsonl")
     done = read_scores(path)
+    write_text(path, to_lines(done.values()))  # without an unfinished line
     rows = [row for row in rows if row["path"] not in done]
     judge = load(device, args.data) if rows else None
     with open(path, "a", encoding="utf-8") as file:
@@ -746,7 +767,7 @@ def judge_all(run, name, rows, load, device, args):
             answers = judge(batch, [open_image(os.path.join(run, row["path"])) for row in batch])
             for row, answer in zip(batch, answers):
                 kept = {key: row[key] for key in ("path", "prompt", "group", "index", "kind") if key in row}
-                file.write(json.dumps(kept | answer, ensure_ascii=False) + "\n")
+                file.write(to_lines([kept | answer]))
             file.flush()
 
 
@@ -762,9 +783,10 @@ def load_inception(device):
     it for IS: uint8 images -> (logits (N, 1008),))."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # pulls in torchvision
+
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"]).to(device).eval()
     except ImportError as error:
         sys.exit(f"FID and IS need torch-fidelity ({error}): pip install -r requirements-eval.txt")
-    net = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"]).to(device).eval()
     return torch.nn.Sequential(*list(net.children())[:-1], torch.nn.Flatten()), net
 
 
@@ -774,8 +796,12 @@ def score_coco(run, rows, device, args, part=1000):
     path, folder = (os.path.join(run, "scores", name) for name in ("coco.json", "coco-parts"))
     if os.path.exists(path):
         return
-    with np.load(fetch("coco/real_im256.npz", args.data)) as real:
-        mu, sigma = (torch.from_numpy(real[key]).double() for key in ("mu", "sigma"))
+    real = fetch("coco/real_im256.npz", args.data)
+    try:
+        mu, sigma = (torch.from_numpy(np.load(real)[key]).double() for key in ("mu", "sigma"))
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        sys.exit(f"cannot read {real} ({error}): delete it, so that it is fetched again.")
+    rows = sorted(rows, key=lambda row: row["path"])  # as torch-fidelity does, before it shuffles and splits for IS
     trunk, net = load_inception(device)
     parts = []
     for start in tqdm(range(0, len(rows), part), f"score {run}: coco, {part} images each"):
@@ -832,11 +858,10 @@ PAPER = [  # table, preset, row, numbers; Tables 1b and 1c give some of the same
     ("3a", "sd14", "SD-1.4, LLaMA (AQ)", dict(GenEval=.4758, CB=.3616, HPSv2=27.51, PickScore=21.39)),
     ("3b", "sd14", "SD-1.4, Rand-positive", dict(GenEval=.4866, CB=.3763)),
     ("3b", "sd14", "SD-1.4, Not-paired", dict(GenEval=.4891, CB=.3842))]
-COLUMNS = ("GenEval", "CB", "CB~", "FID", "IS", "HPSv2", "PickScore", "shapes")
+COLUMNS = ("GenEval", "GenEval, lenient", "CB", "CB~", "FID", "IS", "HPSv2", "PickScore", "shapes")
 NOTES = {
-    "GenEval": "GenEval's rules with Facebook's Mask2Former Swin-S, not OpenMMLab's: compare the runs here only. "
-               "The paper's figures are by its authors' more lenient position rule.",
-    "GenEval, lenient": "the position rule of DDSPO's authors.",
+    "GenEval": "the official rules with Facebook's Mask2Former Swin-S, not OpenMMLab's: compare the runs here only.",
+    "GenEval, lenient": "the same with the position rule of the paper's authors, which its figures are by.",
     "CB": "noun phrases by the version of spaCy's model that is installed; T2I-CompBench used 3.5.",
     "CB~": "with OWLv2 in place of UniDet in spatial~ and complex~: no T2I-CompBench scores. For CB, run the official "
            "UniDet_eval/2D_spatial_eval.py --outpath on compbench/spatial and compbench/complex, and `table` again.",
@@ -860,7 +885,8 @@ def collect(run):
         rows = read_scores(os.path.join(run, "scores", f"{name}.jsonl"))
         whole = COUNTS[bench] * (len(groups) if groups else len(CATEGORIES)) // len(CATEGORIES)
         if rows and len(rows) != whole:
-            sys.exit(f"{run}/scores/{name}.jsonl has {len(rows)} of {whole} images: give the command of score again.")
+            sys.exit(f"{run}/scores/{name}.jsonl has {len(rows)} of {whole} images: give the command of score again, "
+                     "or delete that file.")
         scores[name] = rows
     for key, name, of in (("correct", "GenEval", "geneval"), ("lenient", "GenEval, lenient", "geneval"),
                           ("correct", "shapes", "shapes"), ("value", "HPSv2", "hps"), ("value", "PickScore", "pick")):
@@ -869,24 +895,31 @@ def collect(run):
     spatial, mark = official_spatial(run), ""
     if not spatial:
         spatial, mark = {path: row["value"] for path, row in scores["owl"].items()}, "~"
+    parts = {}
+    for name in ("blip", "clipscore"):
+        rows = [row for row in scores[name].values() if row["group"] != "complex"]
+        parts |= per_prompt(rows, lambda row: row["value"])
+    indices = {path: int(path[:-4].rsplit("_", 1)[1]) // 10 for path in spatial if "/spatial/" in path}
+    parts |= per_prompt([dict(path=path, group="spatial", index=k) for path, k in indices.items()],
+                        lambda row: spatial[row["path"]])
     if scores["blip"] and scores["clipscore"] and spatial:
-        parts = {}
-        for name in ("blip", "clipscore"):
-            parts |= per_prompt([row for row in scores[name].values() if row["group"] != "complex"],
-                                lambda row: row["value"])
-        of = {path: row for path, row in scores["blip"].items() if row["group"] == "complex"}
-        parts |= per_prompt(of.values(), lambda row: three_in_one(
-            row["kind"], row["value"], spatial[row["path"]], scores["clipscore"][row["path"]]["value"]))
-        indices = {path: int(path[:-4].rsplit("_", 1)[1]) // 10 for path in spatial}
-        parts |= per_prompt([dict(path=path, group="spatial", index=k) for path, k in indices.items()
-                             if path.startswith("compbench/spatial/")], lambda row: spatial[row["path"]])
-        found["CB" + mark] = {c: parts[c] for c in CATEGORIES}
-    for name in ("GenEval", "HPSv2", "CB" + mark):
-        for group, values in found.get(name, {}).items():
+        rows = [row for row in scores["blip"].values() if row["group"] == "complex"]
+        parts |= per_prompt(rows, lambda row: three_in_one(row["kind"], row["value"], spatial[row["path"]],
+                                                           scores["clipscore"][row["path"]]["value"]))
+        found["CB" + mark] = {category: parts[category] for category in CATEGORIES}
+    for name, groups in dict(GenEval=found.get("GenEval", {}), HPSv2=found.get("HPSv2", {}), CB=parts).items():
+        for group, values in groups.items():
             own = mark if group in ("spatial", "complex") else ""
-            found[f"{name.removesuffix('~')}: {group}{own}"] = {group: values}
+            found[f"{name}: {group}{own}"] = {group: values}
+    if scores["geneval"]:
+        found["GenEval: nothing detected"] = per_prompt(scores["geneval"].values(), lambda row: row["details"] == "{}")
     path = os.path.join(run, "scores", "coco.json")
     return found | (read_json(path) if os.path.exists(path) else {})
+
+
+def bench_of(metric):
+    return dict(GenEval="geneval", CB="compbench", FID="coco", IS="coco", HPSv2="hps", PickScore="pick",
+                shapes="shapes")[metric.split(":")[0].split(",")[0].strip("~")]
 
 
 def interval(groups, draws=1000):
@@ -899,50 +932,64 @@ def interval(groups, draws=1000):
 
 def table(args):
     """Prints the runs beside each other and beside the paper's rows, and writes the same as --out and as JSON."""
-    runs = {run: (read_json(os.path.join(run, "settings.json")), collect(run)) for run in args.runs}
-    rows, (first, (settings, base)) = {}, next(iter(runs.items()))
-    for run, (_, found) in runs.items():
-        rows[run] = {name: interval(x) if isinstance(x, dict) else dict(mean=x) for name, x in found.items()}
-    for run, (other, found) in list(runs.items())[1:]:
-        shared = [name for name in found if name in base and not name.startswith("IS, ")]
-        if other["seed"] != settings["seed"] or other["lists"] != settings["lists"]:
-            print(f"note: {run} has other seeds or prompts than {first}: no paired differences.", file=sys.stderr)
+    names = list(dict.fromkeys(map(os.path.normpath, args.runs)))
+    settings = {run: read_settings(os.path.join(run, "settings.json")) for run in names}
+    found, rows, remarks = {}, {}, []
+    for run in names:
+        note = os.path.join(run, "scores", "settings.json")
+        check_settings(note, settings[run], settings[run]["lists"], "delete that folder of scores")
+        found[run] = collect(run)
+        rows[run] = {name: interval(x) if isinstance(x, dict) else dict(mean=x) for name, x in found[run].items()}
+        rest = settings[run]["lists"].keys() - {bench_of(name) for name in found[run]}
+        remarks += [f"{run}: not scored yet: {', '.join(sorted(rest))}"] if rest else []
+    if not any(found.values()):
+        sys.exit(f"nothing in {', '.join(names)} has been scored yet: run evaluate.py score first.")
+    first = names[0]
+    for run in names[1:]:
+        other = [key for key in FIXED[1:] if settings[run][key] != settings[first][key]]
+        lists = [settings[name]["lists"] for name in (run, first)]
+        paired = [name for name in found[run] if name in found[first] and "seed" not in other and
+                  lists[0][bench_of(name)] == lists[1][bench_of(name)]]
+        if other:
+            remarks.append(f"{run} differs from {first} in " + ", ".join(
+                f"{key} ({settings[run][key]}, not {settings[first][key]})" for key in other))
+        if not paired:
+            remarks.append(f"{run} and {first} share no benchmark with the same seeds and prompts: no differences.")
             continue
         rows[f"{run} − {first}"] = {
-            name: interval({group: found[name][group] - base[name][group] for group in found[name]})
-            if isinstance(found[name], dict) else dict(mean=found[name] - base[name]) for name in shared}
-    if not any(rows.values()):
-        sys.exit(f"nothing in {', '.join(args.runs)} has been scored yet: run evaluate.py score first.")
-    presets = {settings["preset"] for settings, _ in runs.values()}
-    paper = {f"paper, Table {number}: {row}": {name: dict(mean=x) for name, x in values.items()}
-             for number, preset, row, values in PAPER if preset in presets}
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    main_names = [name for name in COLUMNS if name in names or (name == "CB" and "CB~" in names)]
-    notes = [name for name in NOTES if name in names + main_names]
+            name: interval({group: found[run][name][group] - found[first][name][group] for group in found[run][name]})
+            if isinstance(found[run][name], dict) else dict(mean=found[run][name] - found[first][name])
+            for name in paired if not name.startswith("IS, ")}
+    paper = {f"paper, Table {number}: {row}": {
+        "GenEval, lenient" if name == "GenEval" else name: dict(mean=x) for name, x in values.items()}
+        for number, preset, row, values in PAPER if preset in {one["preset"] for one in settings.values()}}
+    metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
+    columns = [name for name in COLUMNS if name in metrics or (name == "CB" and "CB~" in metrics)]
+    notes = [name for name in NOTES if name in metrics + columns]
 
     def cell(name, row):
         if name not in row:
             return ""
-        digits = 2 if name.split(":")[0] in ("FID", "IS", "HPSv2", "PickScore") or name.startswith("IS") else 4
+        digits = 2 if bench_of(name) in ("coco", "hps", "pick") else 4
         x = row[name]
         return f"{x['mean']:.{digits}f}" + (f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" if "low" in x else "")
 
     def head(name):
         return name + (f" ({notes.index(name) + 1})" if name in notes else "")
 
-    text = ["| | " + " | ".join(map(head, main_names)) + " |", "| --- |" + " --- |" * len(main_names)]
-    text += [f"| {name} | " + " | ".join(cell(column, row) for column in main_names) + " |"
-             for name, row in (rows | paper).items() if any(column in row for column in main_names)]
-    rest = [name for name in names if name not in main_names]
+    text = ["| | " + " | ".join(map(head, columns)) + " |", "| --- |" + " --- |" * len(columns)]
+    text += [f"| {name} | " + " | ".join(cell(column, row) for column in columns) + " |"
+             for name, row in (rows | paper).items() if any(column in row for column in columns)]
+    rest = [name for name in metrics if name not in columns]
     if rest:
         text += ["", "| | " + " | ".join(rows) + " |", "| --- |" + " --- |" * len(rows)]
         text += [f"| {head(name)} | " + " | ".join(cell(name, row) for row in rows.values()) + " |" for name in rest]
     text += ["", "In brackets: 95 % intervals from resampling prompts; differences are paired."]
-    text += [f"({k + 1}) {name}: {NOTES[name]}" for k, name in enumerate(notes)]
-    for run, (settings, _) in runs.items():
-        text.append(f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings.items() if key != "lists"))
+    text += [f"({k + 1}) {name}: {NOTES[name]}" for k, name in enumerate(notes)] + remarks
+    text += [f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items() if key != "lists")
+             for run in names]
     write_text(args.out, "\n".join(text) + "\n")
-    whole = dict(runs=rows, paper=paper, notes=NOTES, settings={run: s for run, (s, _) in runs.items()})
+    whole = dict(runs=rows, paper=paper, notes=NOTES, remarks=remarks, settings=settings)
     write_text(os.path.splitext(args.out)[0] + ".json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(text))
     print(f"wrote {args.out} and {os.path.splitext(args.out)[0]}.json")
@@ -1000,11 +1047,18 @@ def main(argv=None):
         sub.add_argument("--batch-size", type=int, default=batch_size, help="images sampled at once (guess)")
         sub.add_argument("--seed", type=int, default=seed, help="image i's noise comes from seed + i (script: 42)")
     args = parser.parse_args(argv)
-    if args.run in (grid, table) and os.path.isdir(args.out):
-        sys.exit(f"--out {args.out} is a folder: give the name of a file to write.")
+    if args.run in (grid, table) and (os.path.isdir(args.out) or args.out.endswith(".json")):
+        sys.exit(f"--out {args.out} must be the name of a {'PNG' if args.run is grid else 'Markdown'} file to write.")
+    if args.run is not generate and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.exit(f"{args.run.__name__} runs in one process: start it with python, not with torchrun.")
     least = dict(rows=1, batch_size=1, seed=0, steps=1, guidance=0)
     check_flags(args, **{flag: bound for flag, bound in least.items() if getattr(args, flag, None) is not None})
-    args.run(args)
+    try:
+        args.run(args)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"out of memory: give a smaller --batch-size, and the same command otherwise. {error}")
+    except OSError as error:
+        sys.exit(f"cannot read or write: {error}. What is written stays: mend that, and give the same command again.")
 
 
 if __name__ == "__main__":

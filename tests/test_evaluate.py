@@ -75,7 +75,7 @@ def test_geneval_table_entries_are_those_of_summary_scores(tmp_path, monkeypatch
         for row in case["results"]:
             prompt = index.setdefault((row["tag"], row["metadata"]), len(index))
             k = image[prompt] = image.get(prompt, -1) + 1
-            rows.append(row | dict(path=f"{prompt}/{k}", group=row["tag"], index=prompt, lenient=False))
+            rows.append(row | dict(path=f"{prompt}/{k}", group=row["tag"], index=prompt, lenient=False, details="{}" if k % 2 else "x"))
         monkeypatch.setitem(evaluate.COUNTS, "geneval", len(rows))
         shutil.rmtree(tmp_path / "scores", ignore_errors=True)
         evaluate.write_text(str(tmp_path / "scores" / "geneval.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
@@ -83,6 +83,7 @@ def test_geneval_table_entries_are_those_of_summary_scores(tmp_path, monkeypatch
         assert f"{evaluate.interval(found['GenEval'])['mean']:.5f}" == case["official"]["overall"]
         for tag, share in case["official"]["tasks"].items():
             assert f"{evaluate.interval(found['GenEval: ' + tag])['mean']:.2%}" == share
+        assert evaluate.interval(found["GenEval: nothing detected"])["mean"] == 1 / 2
 
 
 def test_compbench_spatial_scores_are_the_official_ones():
@@ -273,7 +274,7 @@ def test_the_official_lists_give_the_official_layouts_and_counts(tmp_path):
     found = {bench: evaluate.items(bench, data) for bench in evaluate.COUNTS}
     assert [row["path"] for row in found["geneval"]][3:5] == ["geneval/00000/samples/00003.png", "geneval/00001/samples/00000.png"]
     assert found["geneval"][-1]["path"] == "geneval/00552/samples/00003.png"
-    assert found["compbench"][3011]["path"] == "compbench/shape/samples/a dog next to the cup 1._000011.png"
+    assert found["compbench"][3011]["path"] == "compbench/shape/samples/a dog next to the cup 1 and a dog._000011.png"
     kinds = [row["kind"] for row in found["compbench"] if row["group"] == "complex"]
     assert [kinds.count(kind) for kind in ("spatial", "action", "all")] == [20, 10, 2970]  # the last prompt is the first again
     assert found["hps"][801]["path"] == "hps/concept-art/00001.jpg" and found["hps"][801]["prompt"] == "concept-art &amp; a dog 1"
@@ -357,9 +358,10 @@ def test_other_settings_are_not_mixed_into_a_folder(world, sd):
     generate(world, sd, "run", "--bench", "hps")  # another benchmark is welcome
     settings = json.loads((world / "run" / "settings.json").read_text())
     assert settings["lists"].keys() == {"pick", "hps"} and settings["seed"] == 42 and settings["guidance"] == 7.5
-    assert settings["sampler"] == "PNDMScheduler" and settings["preset"] == "sd14"
+    assert settings["sampler"] == "PNDMScheduler" and settings["preset"] == sd
     with pytest.raises(SystemExit, match=r"images made with seed 42, not 43: give another --out"):
         generate(world, sd, "run", "--bench", "pick", "--seed", "43")
+    generate(world, sd + "/", "run", "--bench", "pick", "--batch-size", "1")  # as after running out of memory
     (world / "data" / "pick" / "PartiPrompts.tsv").write_text("Prompt\na\nb\nc\nd\n")
     with pytest.raises(SystemExit, match="other prompts of pick"):
         generate(world, sd, "run", "--bench", "pick")
@@ -371,6 +373,12 @@ def test_other_settings_are_not_mixed_into_a_folder(world, sd):
     tuned = json.loads((world / "tuned" / "settings.json").read_text())
     assert tuned["weights"] != settings["weights"] and tuned["preset"] == "sdxl"
     assert len({len(tuned["weights"]), len(settings["weights"]), 16}) == 1
+    os.remove(world / "run" / "settings.json")
+    with pytest.raises(SystemExit, match="holds images but no settings.json"):
+        generate(world, sd, "run", "--bench", "pick", "--guidance", "9")
+    (world / "run" / "settings.json").write_text("{}")
+    with pytest.raises(SystemExit, match="settings.json was not written by evaluate.py generate"):
+        generate(world, sd, "run", "--bench", "pick")
 
 
 class Trunk(torch.nn.Module):
@@ -412,6 +420,7 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
     other = models.load(sd)
     other.net.conv_out.weight.data *= 0.8
     other.pipe.save_pretrained(world / "model")
+    (world / "model" / "training.json").write_text(json.dumps(dict(model="CompVis/stable-diffusion-v1-4")))
     for name, model in (("ref", sd), ("tuned", str(world / "model"))):
         generate(world, model, name)
         score(world, name, flags=["--batch-size", "7"])
@@ -440,7 +449,8 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
         seen, said = evaluate.clip_embed(clip, tokenizer, [image], [row["prompt"].replace("&amp;", "&")], pixels)
         assert row["value"] == pytest.approx(scale * (seen @ said.T).item(), abs=1e-3), name
     blip = rows["blip"][0]
-    assert list(blip["yes"]) == ["the dog", "the cup"] and blip["value"] == pytest.approx(np.prod(list(blip["yes"].values())), abs=1e-4)
+    assert [phrase for phrase, _ in blip["yes"]] == ["the dog", "the cup", "the dog"]  # as often as the prompt names it
+    assert blip["value"] == pytest.approx(np.prod([p for _, p in blip["yes"]]), abs=1e-4) and blip["yes"][0] == blip["yes"][2]
     assert len({row["value"] for row in rows["blip"]}) > 10
     assert any(row["objects"] for row in rows["owl"]) and all({x["name"] for x in row["objects"]} <= {"dog", "cup"} for row in rows["owl"])
 
@@ -478,8 +488,8 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
     assert len(six) == 6 and ref["CB~"]["mean"] == pytest.approx(np.mean(six)) and "CB" not in ref
     assert difference["PickScore"]["mean"] == pytest.approx(whole["runs"][str(world / "tuned")]["PickScore"]["mean"] - ref["PickScore"]["mean"])
     assert difference["PickScore"]["mean"] != 0 and difference["PickScore"]["low"] <= difference["PickScore"]["mean"]
-    assert "| paper, Table 1a: SD-1.4 + DDSPO | 0.5045 | 0.3823 |  | 16.39 | 38.10 |  |  |" in text and "Table 2b" not in text
-    assert "with OWLv2 in place of UniDet" in text and "| | GenEval (1) | CB (3) | CB~ (4) |" in text
+    assert "| paper, Table 1a: SD-1.4 + DDSPO |  | 0.5045 | 0.3823 |  | 16.39 | 38.10 |  |  |" in text and "Table 2b" not in text
+    assert "with OWLv2 in place of UniDet" in text and "| | GenEval (1) | GenEval, lenient (2) | CB (3) | CB~ (4) |" in text
 
     # the official UniDet results take the proxy's place
     for category in ("spatial", "complex"):
@@ -494,6 +504,13 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
     by_path = {row["path"]: row["value"] for row in rows["blip"]}
     expected = [np.mean([(by_path[path] + k / 20) / 2 for path in by_path for k in [int(path[-6:-4])] if "/complex/" in path and k // 10 == i]) for i in (0, 1)]
     assert found["CB: complex"]["complex"] == pytest.approx(expected)
+    (path.parent.parent.parent / "samples" / ".DS_Store").write_text("")  # a Mac's
+    assert evaluate.collect(str(world / "ref")).keys() == found.keys()
+    evaluate.main(["table", *[str(world / name) for name in ("ref", "tuned", "ref/")], "--out", str(world / "t.md")])
+    assert (world / "t.md").read_text().count(f"| {world / 'ref'} |") == 2  # once in each table
+    os.remove(folder / "blip.jsonl")
+    assert not {"CB", "CB: color", "CB: complex"} & evaluate.collect(str(world / "ref")).keys()
+    assert "CB: non_spatial" in evaluate.collect(str(world / "ref"))
     path.write_text("[]")
     with pytest.raises(SystemExit, match="0 answers to 20 images"):
         evaluate.collect(str(world / "ref"))
@@ -515,12 +532,53 @@ def test_scores_are_of_whole_benchmarks_and_of_the_images_that_are_there(world, 
     assert (run / "scores" / "pick.jsonl").read_text() == first
     settings = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps(settings | dict(seed=1)))
-    with pytest.raises(SystemExit, match="are of other images than those that are there now"):
+    with pytest.raises(SystemExit, match="scores/settings.json is of images made with seed 42, not 1: delete that folder of scores"):
         score(world, "run")
     with pytest.raises(SystemExit, match="images of hps in .* were not made"):
         score(world, "run", flags=["--bench", "hps"])
     with pytest.raises(SystemExit, match="cannot read .*none/settings.json"):
         score(world, "none")
+    (run / "settings.json").write_text(json.dumps(settings))
+    (run / "scores" / "pick.jsonl").write_text(first[:-5] + "\n")
+    for command in (["score", str(run), "--data", str(world / "data")], ["table", str(run), "--out", str(world / "t.md")]):
+        with pytest.raises(SystemExit, match=r"pick.jsonl:4 cannot be read .*delete that line"):
+            evaluate.main(command)
+
+
+def test_a_benchmark_is_compared_where_both_runs_have_it(world, sd, judges):
+    generate(world, sd, "a", "--bench", "pick", "hps")
+    generate(world, sd, "b", "--bench", "pick", "--guidance", "3")
+    score(world, "a", "b", flags=["--bench", "pick"])
+    evaluate.main(["table", str(world / "a"), str(world / "b"), "--out", str(world / "t.md")])
+    text = (world / "t.md").read_text()
+    assert f"| {world / 'b'} − {world / 'a'} |" in text and f"{world / 'a'}: not scored yet: hps" in text
+    assert "b differs from " in text and "in guidance (3.0, not 7.5)" in text and "paper" not in text
+
+
+def test_broken_lists_and_weights_are_named(world, clip, monkeypatch):
+    (world / "data" / "hps" / "photo.json").write_text('["a')
+    with pytest.raises(SystemExit, match="cannot read the lists of prompts in .*data/hps .*delete that folder"):
+        evaluate.items("hps", str(world / "data"))
+    (world / "data" / "coco" / "metadata.csv").write_text('file_name,text\n' + "".join(f'{i}.jpg,"a\ndog"\n' for i in range(5)))
+    assert evaluate.items("coco", str(world / "data"))[4]["prompt"] == "a\ndog"
+    (world / "data" / "coco" / "real_im256.npz").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(SystemExit, match="cannot read .*real_im256.npz .*delete it"):
+        evaluate.score_coco(str(world), [], "cpu", type("args", (), dict(data=str(world / "data"))))
+    monkeypatch.setitem(evaluate.HUB, "clip_h", clip)
+    for error in (RuntimeError("PytorchStreamReader failed"), OSError("no network")):
+        def load_state(*arguments, error=error, **kinds):
+            raise error
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", load_state)
+        with pytest.raises(SystemExit, match=rf"cannot fetch or read .*HPS_v2_compressed.pt \({error}\): delete .*checkpoints/HPS_v2_compressed.pt"):
+            evaluate.load_hps("cpu", str(world / "data"))
+    monkeypatch.setitem(evaluate.HUB, "clip_b", str(world / "nothing"))
+    with pytest.raises(SystemExit, match="cannot load .*nothing"):
+        evaluate.JUDGES["clipscore"][2]("cpu", "")
+
+
+def test_weights_are_float32_whatever_their_file(clip, tmp_path):
+    transformers.CLIPModel.from_pretrained(clip).half().save_pretrained(tmp_path / "half")
+    assert evaluate.from_hub("CLIPModel", str(tmp_path / "half"), "cpu").dtype == torch.float32
 
 
 def test_paired_differences_need_the_same_seeds_and_prompts(world, sd, judges, capsys):
@@ -530,8 +588,8 @@ def test_paired_differences_need_the_same_seeds_and_prompts(world, sd, judges, c
         evaluate.main(["table", str(world / "a"), "--out", str(world / "t.md")])
     score(world, "a", "b")
     evaluate.main(["table", str(world / "a"), str(world / "b"), "--out", str(world / "t.md")])
-    assert "b has other seeds or prompts than" in capsys.readouterr().err
-    assert "−" not in (world / "t.md").read_text()
+    text = (world / "t.md").read_text()
+    assert "b differs from " in text and "in seed (2, not 1)" in text and "no differences" in text and "−" not in text
 
 
 def test_the_shapes_benchmark_is_scored_by_its_rules(world, sd):
@@ -582,7 +640,7 @@ def test_the_grid_has_a_row_a_prompt_and_a_column_a_model(sd, tmp_path, monkeypa
 
 @pytest.mark.parametrize("flags, message", [
     (["grid", "--prompts", "none.txt"], "no file none.txt"), (["grid", "--prompts", os.devnull], "no file"),
-    (["grid", "--prompts", __file__, "--out", "."], "--out . is a folder"),
+    (["grid", "--prompts", __file__, "--out", "."], "--out . must be the name of a PNG file"),
     (["grid", "--prompts", __file__, "--rows", "0"], "--rows must be 1 or more"),
 ])
 def test_mistakes_in_a_grid_end_in_one_sentence(flags, message, sd):
@@ -594,7 +652,8 @@ def test_mistakes_in_a_grid_end_in_one_sentence(flags, message, sd):
     (["generate", "--model", "none", "--out", "x", "--steps", "0"], "--steps must be 1 or more"),
     (["generate", "--model", "none", "--out", "x", "--guidance", "-1"], "--guidance must be 0 or more"),
     (["score", "x", "--batch-size", "0"], "--batch-size must be 1 or more"), (["score", "x"], "cannot read x/settings.json"),
-    (["table", "x"], "cannot read x/settings.json"), (["table", "x", "--out", "."], "--out . is a folder"),
+    (["table", "x"], "cannot read x/settings.json"), (["table", "x", "--out", "."], "--out . must be the name of a Markdown file"),
+    (["table", "x", "--out", "t.json"], "--out t.json must be the name of a Markdown file"),
 ])
 def test_mistakes_end_in_one_sentence(flags, message):
     with pytest.raises(SystemExit, match=message):
@@ -603,8 +662,20 @@ def test_mistakes_end_in_one_sentence(flags, message):
 
 def test_scoring_is_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="score runs in one process"):
-        evaluate.main(["score", "x"])
+    for command in (["score", "x"], ["table", "x"], ["grid", "--models", "x", "--prompts", "x"]):
+        with pytest.raises(SystemExit, match=f"{command[0]} runs in one process"):
+            evaluate.main(command)
+
+
+def test_two_writers_and_a_lack_of_memory_end_in_one_sentence(world, sd, monkeypatch):
+    with evaluate.locked(str(world / "run")), pytest.raises(SystemExit, match="another process is writing into"):
+        generate(world, sd, "run", "--bench", "pick")
+
+    def sample(*arguments):
+        raise torch.OutOfMemoryError("20 GiB")
+    monkeypatch.setattr(evaluate, "sample_images", sample)
+    with pytest.raises(SystemExit, match="out of memory: give a smaller --batch-size, .*20 GiB"):
+        generate(world, sd, "run", "--bench", "pick")
 
 
 def test_what_is_only_in_requirements_eval_is_asked_for(monkeypatch):
