@@ -31,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 import diffusers
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 import models
 import plots
-from perturb import check_flags, locked, read_rows, stop_if_bad, write_text
+from perturb import check_flags, locked, read_rows, stop_if_bad, to_lines, write_text
 
 # ---- the pair store
 
@@ -222,8 +221,7 @@ def begin(args, rows, model):
     if not args.from_images:
         settings |= dict(sampler=type(model.pipe.scheduler).__name__, steps=args.steps, guidance=args.guidance,
                          seed=args.seed)
-    places = (dict(shard=i // args.shard_size, row=i % args.shard_size) for i in range(len(rows)))
-    table = "".join(json.dumps(row | place, ensure_ascii=False) + "\n" for row, place in zip(rows, places))
+    table = to_lines(row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows))
     settings["table"] = hashlib.sha256(table.encode()).hexdigest()
     meta_path = os.path.join(args.out, "meta.json")
     if os.path.exists(meta_path):
@@ -233,7 +231,7 @@ def begin(args, rows, model):
                 what = f"{key} {meta.get(key)}, not {value}"
                 what = f"other prompts than {args.from_images or args.prompts} has" if key == "table" else what
                 sys.exit(f"the pair store {args.out} was begun with {what}: use the same again, or another --out.")
-        return meta
+        return
     others = [f for f in os.listdir(args.out) if f != "pairs.jsonl" and not f.endswith(".partial")]
     kept = os.path.join(args.out, "pairs.jsonl")  # a run that was stopped right here has written it already
     if others or (os.path.exists(kept) and checksum(kept) != settings["table"]):
@@ -245,7 +243,6 @@ def begin(args, rows, model):
     settings["versions"] = dict(torch=torch.__version__, diffusers=diffusers.__version__)
     write_text(os.path.join(args.out, "pairs.jsonl"), table)
     write_text(meta_path, json.dumps(settings, indent=1) + "\n")  # last: a store begins with it
-    return settings
 
 
 def make_latents(model, rows, args):
@@ -276,16 +273,6 @@ def make_shard(model, rows, args, bar):
     return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
 
 
-def write_shard(shard, path):
-    try:
-        with open(path + ".partial", "wb") as file:  # save_file would let nobody else read it
-            file.write(save(shard))
-        os.replace(path + ".partial", path)
-    except OSError as error:
-        sys.exit(f"cannot write {path} ({error.strerror}): make space and give the same command again. The shards "
-                 "before it are whole.")
-
-
 def inspect(folder):
     """Says what is in a store, and draws four of its pairs as FOLDER.png."""
     store = PairStore(folder)
@@ -304,7 +291,7 @@ def inspect(folder):
     sides = ("x_0_w", 1, "c"), ("x_0_l", 2, "c_minus")
     columns = [(title, models.decode(model, torch.stack([pair[i] for pair in shown])), [pair[0][key] for pair in shown])
                for title, i, key in sides if shown[0][i] is not None]
-    plots.draw_pairs(columns, os.path.normpath(folder) + ".png")
+    plots.draw_grid(None, columns, os.path.normpath(folder) + ".png")
 
 
 def quantiles(values):
@@ -344,17 +331,14 @@ def main(argv=None):
     check_flags(args, batch_size=1, shard_size=1, seed=0, **given)
 
     rows = read_image_pairs(args.from_images) if args.from_images else read_perturbed(args.prompts, args.seed)
-    with models.processes() as (rank, world, device), contextlib.ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(locked(args.out))
+    with models.processes() as (rank, world, device), locked(args.out) if rank == 0 else contextlib.nullcontext():
         model = models.load(args.model, device, torch.float16 if device.type == "cuda" else torch.float32)
         args.steps = model.steps if args.steps is None else args.steps
         args.guidance = model.guidance if args.guidance is None else args.guidance
-        if world > 1 and rank > 0:
-            dist.barrier()  # the first process alone begins the store
-        meta = begin(args, rows, model)
-        if world > 1 and rank == 0:
-            dist.barrier()
+        if rank == 0:  # the first process alone begins the store
+            begin(args, rows, model)
+        models.barrier()
+        meta = read_meta(args.out)
         shards = range((len(rows) - 1) // args.shard_size + 1)
         if args.compile:
             model.net.compile()
@@ -366,8 +350,7 @@ def main(argv=None):
             if not todo:
                 print(f"{args.out} is complete: {len(rows)} pairs; nothing was done") if rank == 0 else None
                 return
-        if world > 1:
-            dist.barrier()  # all have seen the same list of shards before any adds to them
+        models.barrier()  # all have seen the same list of shards before any adds to them
         mine = todo[rank::world]
         total = min(len(mine) * args.shard_size, len(rows))
         with ThreadPoolExecutor(1) as writer, tqdm(total=total, desc="pairs", disable=rank > 0) as bar:
@@ -376,10 +359,9 @@ def main(argv=None):
                 first = s * args.shard_size
                 shard = make_shard(model, rows[first:first + args.shard_size], args, bar)
                 written.result()  # of the shard before, meanwhile
-                written = writer.submit(write_shard, shard, shard_path(args.out, s))
+                written = writer.submit(write_text, shard_path(args.out, s), save(shard))  # save_file's are private
             written.result()
-        if world > 1:
-            dist.barrier()
+        models.barrier()
         if rank == 0:
             meta["checksums"] = [checksum(shard_path(args.out, s)) for s in shards]
             write_text(os.path.join(args.out, "meta.json"), json.dumps(meta, indent=1) + "\n")

@@ -376,17 +376,24 @@ def load_policy(path, name, base, model):
 
 
 @contextlib.contextmanager
-def processes(patience=datetime.timedelta(days=1)):
+def processes(hours=24):
     """(rank, number of processes, device): torchrun's, or one process without it. Leaves the group cleanly. One may
-    wait a day for another, which may be making its last shard."""
+    wait so many hours for another, which may be making its last shard."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=hours))
     yield rank, world, device
+    barrier()
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
+
+
+def barrier():
+    """Waits for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()

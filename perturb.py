@@ -162,28 +162,23 @@ def begin(folder, settings):
 def rewrite_all(args, prompts):
     """Rewrites [(id, c)] into args.out, part by part. In torchrun's first process: how many pairs there are, and how
     many prompts were rejected; the others only help it."""
-    import torch.distributed as dist
-
-    from models import processes
+    import models
 
     folder, instruction, good, rejected = args.out + ".parts", INSTRUCTIONS[args.strategy], [], []
     own = dict(strategy=args.strategy, seed=args.seed, llm=args.llm)
     source = hashlib.sha256(json.dumps([instruction, prompts]).encode()).hexdigest()
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
-    with processes() as (rank, world, device), contextlib.ExitStack() as stack:
+    with models.processes() as (rank, world, device), locked(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            stack.enter_context(locked(folder))
             begin(folder, own | dict(batch_size=args.batch_size, attempts=args.attempts, part=PART, prompts=source))
-        if world > 1:
-            dist.barrier()
+        models.barrier()
         todo = [(k, path) for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)]
         ask = load_llm(args.llm, instruction, args.batch_size, device) if todo else None
         for k, path in tqdm(todo, f"rewrite, {PART} prompts at a time", disable=rank > 0):
             rows = rewrite(parts[path], ask, args.attempts, f"{args.seed} {k}")
             write_text(path, to_lines(row | own for row in rows))
-        if world > 1:
-            dist.barrier()
+        models.barrier()
         if rank == 0:
             for path in parts:
                 with open(path, encoding="utf-8") as file:
@@ -291,14 +286,14 @@ def check_flags(args, above_0=(), **least):
 
 
 def write_text(path, text):
-    """Writes a file whole or not at all, and its folder if need be."""
+    """Writes a file, of text or of bytes, whole or not at all, and its folder if need be."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".partial", "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(path + ".partial", "wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
         os.replace(path + ".partial", path)
     except OSError as error:
-        sys.exit(f"cannot write {path}: {error.strerror}.")
+        sys.exit(f"cannot write {path}: {error.strerror}. Mend that, or make space, and give the same command again.")
 
 
 @contextlib.contextmanager

@@ -13,32 +13,20 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen
 
 
 def draw_grid(prompts, columns, path):
-    """Images side by side: a row a prompt, a column for each (name, images) in `columns`."""
-    figure, axes = plt.subplots(len(prompts), len(columns), squeeze=False, layout="constrained",
-                                figsize=(2.5 * len(columns) + 1, 2.5 * len(prompts) + 0.5))
-    for column, (name, images) in enumerate(columns):
+    """Images side by side: a row a prompt, a column for each (name, images) in `columns`. Where the columns are (name,
+    images, captions), the caption of each image stands under it and `prompts` is not shown."""
+    rows = len(columns[0][1])
+    figure, axes = plt.subplots(rows, len(columns), squeeze=False, layout="constrained",
+                                figsize=(2.5 * len(columns) + 1, 2.5 * rows + 0.5))
+    for column, (name, images, *captions) in enumerate(columns):
         axes[0, column].set_title("\n".join(textwrap.wrap(name, 34)), fontsize=8, parse_math=False)
         for row, image in enumerate(images):
             axes[row, column].imshow(image)
             axes[row, column].set(xticks=[], yticks=[])
-            if column == 0:
-                label = "\n".join(textwrap.wrap(prompts[row], 34, max_lines=5))
-                axes[row, 0].set_ylabel(label, fontsize=7, parse_math=False)
-    save_figure(figure, path)
-
-
-def draw_pairs(columns, path):
-    """Images with a caption under each: a column for each (title, images, captions)."""
-    rows = len(columns[0][1])
-    figure, axes = plt.subplots(rows, len(columns), squeeze=False, layout="constrained",
-                                figsize=(3 * len(columns), 3.4 * rows))
-    for column, (title, images, captions) in enumerate(columns):
-        axes[0, column].set_title(title, fontsize=8)
-        for ax, image, caption in zip(axes[:, column], images, captions):
-            ax.imshow(image)
-            ax.set(xticks=[], yticks=[])
-            label = "\n".join(textwrap.wrap(caption or "", 45, max_lines=4))
-            ax.set_xlabel(label, fontsize=7, parse_math=False)
+            set_label = axes[row, column].set_xlabel if captions else axes[row, column].set_ylabel
+            if captions or column == 0:
+                text = captions[0][row] if captions else prompts[row]
+                set_label("\n".join(textwrap.wrap(text or "", 34, max_lines=5)), fontsize=7, parse_math=False)
     save_figure(figure, path)
 
 

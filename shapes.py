@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from scipy import ndimage
 
 transformers.logging.set_verbosity_error()
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
@@ -124,16 +125,12 @@ def corrupt(rng, prompt):
     """The prompt with one thing wrong: a shape, a colour or the relation."""
     wrong = dict(prompt, objects=list(prompt["objects"]))
     i = rng.integers(len(wrong["objects"]))
-    shape, color = wrong["objects"][i]
-    kinds = ["shape"] + ["color"] * (color is not None) + ["relation"] * (prompt["relation"] is not None)
+    said = [*wrong["objects"][i], prompt["relation"]]  # shape, colour and relation, None where the prompt has none
+    kinds = [k for k in range(3) if said[k] is not None]
     kind = kinds[rng.integers(len(kinds))]
-    others = [x for x in (SHAPES if kind == "shape" else COLORS if kind == "color" else RELATIONS)
-              if x not in (shape, color, prompt["relation"])]
-    other = others[rng.integers(len(others))]
-    if kind == "relation":
-        wrong["relation"] = other
-    else:
-        wrong["objects"][i] = (other, color) if kind == "shape" else (shape, other)
+    others = [x for x in (SHAPES, COLORS, RELATIONS)[kind] if x != said[kind]]
+    said[kind] = others[rng.integers(len(others))]
+    wrong["objects"][i], wrong["relation"] = (said[0], said[1]), said[2]
     return wrong
 
 
@@ -146,26 +143,18 @@ def find_objects(image, least=14):
     nearest = np.square(image[:, :, None].astype(float) - palette).sum(-1).argmin(-1)
     found = []
     for k, color in enumerate(COLORS):
-        rest = {(int(y), int(x)) for y, x in zip(*np.nonzero(nearest == k))}
-        while rest:
-            region = stack = [rest.pop()]
-            for y, x in stack:  # grows while it is walked along
-                for place in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                    if place in rest:
-                        rest.remove(place)
-                        region.append(place)
-            if len(region) >= least:
-                box = np.array([np.min(region, 0), np.max(region, 0)])
-                found.append((which_shape(np.array(region)), color, *box.mean(0)[::-1]))
+        regions, _ = ndimage.label(nearest == k)
+        for i, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
+            own = regions[rows, columns] == i
+            if own.sum() >= least:
+                x, y = ((part.start + part.stop - 1) / 2 for part in (columns, rows))
+                found.append((which_shape(own), color, x, y))
     return found
 
 
-def which_shape(region):
-    """The shape whose template, stretched to the region's bounding box, has most of its pixels in common (IoU)."""
-    low, size = region.min(0), np.ptp(region, axis=0) + 1
-    own = np.zeros(size, bool)
-    own[tuple((region - low).T)] = True
-    v, u = (2 * (np.indices(size)[i] + 0.5) / size[i] - 1 for i in (0, 1))
+def which_shape(own):
+    """The shape whose template, stretched to the bounding box that `own` fills, has most of its pixels (IoU)."""
+    v, u = (2 * (np.indices(own.shape)[i] + 0.5) / own.shape[i] - 1 for i in (0, 1))
     return max(SHAPES, key=lambda s: (own & mask(s, u, v)).sum() / (own | mask(s, u, v)).sum())
 
 
@@ -175,8 +164,7 @@ def verdict(found, prompt):
     right_shapes = sorted(s for s, *_ in found) == sorted(s for s, _ in wanted)
     if len(found) != len(wanted):
         return dict(correct=False, shapes=False, reason=f"{len(found)} objects, not {len(wanted)}")
-    for order in ([0, 1], [1, 0])[:len(wanted)]:
-        match = [found[i] for i in order[:len(wanted)]]
+    for match in itertools.permutations(found):
         if all(m[0] == s and c in (None, m[1]) for m, (s, c) in zip(match, wanted)):
             relation, (x, y) = prompt["relation"], [match[0][i] - match[-1][i] for i in (2, 3)]
             if relation is None or related(x, y, relation):
@@ -208,8 +196,7 @@ def fit(modules, loss_of_batch, count, updates, batch, lr, seed, what, keep):
     parameters = [p for m in modules for p in m.train().parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-2)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, updates, pct_start=0.05)
-    rng = torch.Generator().manual_seed(seed)
-    start = 0
+    rng, start = torch.Generator().manual_seed(seed), 0
     if os.path.exists(keep):
         state = torch.load(keep, weights_only=True)
         for part, saved in zip([*modules, optimizer, decay], state["parts"]):
@@ -217,16 +204,13 @@ def fit(modules, loss_of_batch, count, updates, batch, lr, seed, what, keep):
         rng.set_state(state["rng"])
         torch.set_rng_state(state["torch_rng"])
         start = state["update"]
-    bar = tqdm(range(start, updates), what, initial=start, total=updates)
-    for update in bar:
+    for update in tqdm(range(start, updates), what, initial=start, total=updates):
         loss = loss_of_batch(torch.randint(count, (batch,), generator=rng), rng)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay.step()
-        if update % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
         if (update + 1) % 100 == 0 or update + 1 == updates:
             parts = [part.state_dict() for part in (*modules, optimizer, decay)]
             state = dict(update=update + 1, parts=parts, rng=rng.get_state(), torch_rng=torch.get_rng_state())
@@ -330,17 +314,17 @@ def make_prompts(seed, count, held_out_share=0.0):
 
 
 def prepare(home, seed, size, device):
-    """The reference, its training prompts and its pairs, for one seed: (reference folder, pair store)."""
-    reference, pairs = os.path.join(home, "reference"), os.path.join(home, "pairs")
+    """Makes the reference, its training prompts and its pairs for one seed; the reference's folder."""
+    reference, prompts = os.path.join(home, "reference"), os.path.join(home, "prompts.jsonl")
+    perturbed = os.path.join(home, "perturbed.jsonl")
     if not os.path.exists(reference):
         train_reference(reference, seed, size, device)
-    if not os.path.exists(os.path.join(home, "perturbed.jsonl")):
-        lines = [json.dumps(dict(prompt=p["caption"])) for p in make_prompts([seed, 1], size["pairs"])]
-        perturb.write_text(os.path.join(home, "prompts.jsonl"), "\n".join(lines) + "\n")
-        command(perturb, os.path.join(home, "prompts.jsonl"), os.path.join(home, "perturbed.jsonl"), "--seed", seed)
-    command(build_pairs, "--model", reference, "--prompts", os.path.join(home, "perturbed.jsonl"), "--out", pairs,
+    rows = make_prompts([seed, 1], size["pairs"])
+    perturb.write_text(prompts, perturb.to_lines(dict(prompt=row["caption"]) for row in rows))
+    command(perturb, prompts, perturbed, "--seed", seed)
+    command(build_pairs, "--model", reference, "--prompts", perturbed, "--out", os.path.join(home, "pairs"),
             "--guidance", PAIR_GUIDANCE, "--batch-size", 64)
-    return reference, pairs
+    return reference
 
 
 def tune(home, method, setting, updates, out):
@@ -360,54 +344,39 @@ def score(path, folder, prompts, guidance, device, batch=100):
         verdicts, features = [], []
         for i in tqdm(range(0, len(prompts), batch), f"score {folder}, guidance {guidance:g}", leave=False):
             part = prompts[i:i + batch]
-            x_T = torch.stack([models.initial_noise(i + k, model.latent_shape) for k in range(len(part))])
-            images = models.sample(model, model.encode([p["caption"] for p in part]), x_T, 25, guidance, "pil")
-            images = np.stack([np.array(image) for image in images])
+            seeds, captions = range(i, i + len(part)), [p["caption"] for p in part]
+            images = np.stack(evaluate.sample_images(model, captions, seeds, 25, guidance))
             verdicts += [verdict(find_objects(image), p) for image, p in zip(images, part)]
             features.append(features_of(model, images))
         rng = np.random.default_rng(12)
         truth = features_of(model, np.stack([render(fill(rng, p)) for p in prompts * 5]))
         row = {key: [v[key] for v in verdicts] for key in ("correct", "shapes", "reason")}
-        perturb.write_text(path, json.dumps(row | dict(frechet=frechet(np.concatenate(features), truth))))
+        moments = [x for f in (torch.cat(features), truth) for x in (f.mean(0), f.T.cov())]
+        perturb.write_text(path, json.dumps(row | dict(frechet=evaluate.frechet(*moments))))
     with open(path) as file:
         return json.load(file)
 
 
 def features_of(model, images):
-    """What the Fréchet distance compares, (n, 64): the latents of the autoencoder, which no method changes, averaged to
-    4 x 4 places. Images of another layout, colour or sharpness than true ones differ there."""
+    """What the Fréchet distance compares, float64 (n, 64): the latents of the autoencoder, which no method changes,
+    averaged to 4 x 4 places. Images of another layout, colour or sharpness than true ones differ there."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(model.pipe.device) / 127.5 - 1
-    return F.avg_pool2d(model.pipe.vae.encode(x).latent_dist.mean, 2).flatten(1).double().cpu().numpy()
-
-
-def frechet(a, b):
-    """Fréchet distance between Gaussians fitted to two sets of features (n, d), as in FID (Heusel et al., 2017)."""
-    (m, s), (n, r) = ((x.mean(0), np.cov(x.T)) for x in (a, b))
-    values, vectors = np.linalg.eigh(s)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    return np.square(m - n).sum() + np.trace(s + r) - 2 * np.sqrt(np.linalg.eigvalsh(root @ r @ root).clip(0)).sum()
+    return F.avg_pool2d(model.pipe.vae.encode(x).latent_dist.mean, 2).flatten(1).double().cpu()
 
 
 def experiment(home, seed, size, device):
     """One seed, every method: (prompts, {model: {guidance: scores}}, {method: [share right after each quarter]})."""
-    reference, _ = prepare(home, seed, size, device)
+    folders, curves = {"Reference": prepare(home, seed, size, device)}, {method: [] for method in METHODS}
     prompts = make_prompts([seed, 2], size["prompts"], held_out_share=0.25)
-    folders, curves = {"Reference": reference}, {}
-    for method in METHODS:
-        curves[method] = []
-        for quarter in QUARTERS:
-            path = os.path.join(home, f"{method}-guidance{GUIDANCE[0]:g}-quarter{quarter}.json")
-            if quarter == QUARTERS[-1] or not os.path.exists(path):
-                folders[method] = tune(home, method, SETTINGS[method], size["updates"] * quarter // QUARTERS[-1],
-                                       os.path.join(home, method))
-            curves[method].append(np.mean(score(path, folders.get(method), prompts, GUIDANCE[0], device)["correct"]))
-    results = {}
-    for name, folder in folders.items():
-        results[name] = {}
-        for g in GUIDANCE:
-            last = f"-quarter{QUARTERS[-1]}" if g == GUIDANCE[0] and name in METHODS else ""  # scored for the curve
-            path = os.path.join(home, f"{name}-guidance{g:g}{last}.json")
-            results[name][g] = score(path, folder, prompts, g, device)
+    for method, quarter in itertools.product(METHODS, QUARTERS):
+        last = quarter == QUARTERS[-1]
+        path = os.path.join(home, f"{method}-guidance{GUIDANCE[0]:g}{'' if last else f'-quarter{quarter}'}.json")
+        if last or not os.path.exists(path):
+            folders[method] = tune(home, method, SETTINGS[method], size["updates"] * quarter // QUARTERS[-1],
+                                   os.path.join(home, method))
+        curves[method].append(np.mean(score(path, folders.get(method), prompts, GUIDANCE[0], device)["correct"]))
+    results = {name: {g: score(os.path.join(home, f"{name}-guidance{g:g}.json"), folder, prompts, g, device)
+                      for g in GUIDANCE} for name, folder in folders.items()}
     return prompts, results, curves
 
 

@@ -151,8 +151,7 @@ def make_pairs(seed, n, neighbours="both"):
     return [torch.cat(x) for x in zip(*pairs)]
 
 
-def tune(reference, method, seeds, n, betas, lr, policies="reference", neighbours="both", updates=300,
-         batch=128):
+def tune(reference, method, seeds, n, betas, lr, policies="reference", neighbours="both", updates=300, batch=128):
     """Tunes every seed's reference with every beta: networks in the order beta, seed. The seed fixes the pairs, and
     which of them, which t and which eps each update sees, so that all methods and settings see the same."""
     ref, theta = reference.repeat(len(betas)), reference.repeat(len(betas))
@@ -213,9 +212,9 @@ def row(name, values):
 
 HEADER = ("| {} | nearest own mode ↑ | energy distance ↓ | centre shift ↓ |\n" + "| --- " * 4 + "|").format
 
-# beta and lr at N = 2, each method's best of GRID by `--sweep` (and `--sweep --policies exact`)
-SETTINGS = {"diffusion-dpo": (1, 1e-5), "ddspo": (1, 1e-5), "ddspo exact": (1, 1e-5)}
+METHODS = {"D-DPO": "diffusion-dpo", "DDSPO": "ddspo"}
 GRID = dict(beta=[1, 4, 16, 64], lr=[5e-6, 1e-5, 2e-5])
+BETA, LR = 1, 1e-5  # at N = 2, by `--sweep` (and `--sweep --policies exact`) the best of GRID for both methods
 SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], [100, 101, 102, 103, 104]  # settings are chosen on seeds that are not reported
 
 
@@ -230,11 +229,9 @@ def save(figure, path):
 def figure_2(policies, neighbours, path):
     """Fig. 2 of the paper (seed 0) and the table (all seeds)."""
     reference = train_reference(SEEDS)
-    models = {"Reference": reference}
-    for name, method in (("D-DPO", "diffusion-dpo"), ("DDSPO", "ddspo")):
-        beta, lr = SETTINGS[method + " exact" if name == "DDSPO" and policies == "exact" else method]
-        models[name] = tune(reference, method, SEEDS, 2, [beta], lr, policies, neighbours)
-    samples = {name: sample(model) for name, model in models.items()}
+    samples = {"Reference": sample(reference)}
+    for name, method in METHODS.items():
+        samples[name] = sample(tune(reference, method, SEEDS, 2, [BETA], LR, policies, neighbours))
     print(HEADER(f"N = 2, {len(SEEDS)} seeds"))
     for name, x in samples.items():
         print(row(name, scores(x)))
@@ -254,9 +251,9 @@ def figure_2(policies, neighbours, path):
 def sweep(policies, neighbours, path):
     """N = 1 to 16: for each N and method the best of GRID by mean energy distance on TUNING_SEEDS, shown on SEEDS."""
     tuning_reference, reference = train_reference(TUNING_SEEDS), train_reference(SEEDS)
-    methods, counts, result = {"D-DPO": "diffusion-dpo", "DDSPO": "ddspo"}, [1, 2, 4, 8, 16], {}
+    counts, result = [1, 2, 4, 8, 16], {}
     print(f"The grid, {len(TUNING_SEEDS)} other seeds:\n" + HEADER("N, method, beta, lr"))
-    for n, (name, method) in tqdm(list(itertools.product(counts, methods.items())), "sweep"):
+    for n, (name, method) in tqdm(list(itertools.product(counts, METHODS.items())), "sweep"):
         grid = {}
         for lr in GRID["lr"]:
             model = tune(tuning_reference, method, TUNING_SEEDS, n, GRID["beta"], lr, policies, neighbours)
@@ -276,7 +273,7 @@ def sweep(policies, neighbours, path):
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for i, (axis, label) in enumerate(zip(axes, ("share nearest own mode", "energy distance to the truth"))):
         axis.axhline(start[i].mean(), color="grey", linestyle=":", label="Reference")
-        for name in methods:
+        for name in METHODS:
             values = np.stack([result[name, n][1][i] for n in counts])  # (N, seeds)
             line, = axis.plot(counts, values.mean(1), marker="o", label=name)
             axis.fill_between(counts, values.min(1), values.max(1), color=line.get_color(), alpha=0.2, linewidth=0)

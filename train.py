@@ -17,7 +17,6 @@ pipeline/, a diffusers folder, or lora/, for load_lora_weights.
 import argparse
 import contextlib
 import copy
-import datetime
 import functools
 import glob
 import hashlib
@@ -25,7 +24,6 @@ import json
 import math
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -73,13 +71,10 @@ EXPERIMENTS = {  # (model, task, objective): beta, lr, updates, warmup
     ("shapes", "alignment", "ddspo"): dict(beta=1000, lr=3e-5, batch_size=64, updates=80, warmup=0),  # shapes.py --grid
     ("shapes", "alignment", "diffusion-dpo"): dict(beta=200, lr=3e-5, batch_size=64, updates=80, warmup=0),
 }
-# The pairs that 24 GB hold at once without --checkpointing (calculated, not measured; SDXL in full and SD3 do not fit
-# there), and LoRA where the authors' scripts use it [o].
-MODELS = {"sd14": dict(micro_batch=2, lora_rank=0), "sd15": dict(micro_batch=2, lora_rank=0),
-          "sd21": dict(micro_batch=2, lora_rank=0), "sdxl": dict(micro_batch=1, lora_rank=0),
-          "sana": dict(micro_batch=3, lora_rank=128), "sana-1.6b": dict(micro_batch=2, lora_rank=128),
-          "sd3": dict(micro_batch=1, lora_rank=128)}
-OTHER_MODEL = dict(micro_batch=1, lora_rank=0)
+# The pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL in full
+# and SD3 do not fit there), and LoRA where the authors' scripts use it [o].
+MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 3, "sana-1.6b": 2}
+LORA_RANK = {"sana": 128, "sana-1.6b": 128, "sd3": 128}
 WEIGHT_DECAY = 1e-2  # AdamW [o]
 MAX_GRAD_NORM = 1.0  # [g] the default of the diffusers examples
 BANDS = 10  # of time steps, in the log
@@ -289,8 +284,8 @@ def save_checkpoint(args, net, optimizer, update, scaling, rank):
 
 def checkpoints(folder):
     """The checkpoints' paths, newest first. Whatever else lies beside them is left alone."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*.pt"))
-    return sorted((path for path in paths if os.path.isfile(path) and re.search(r"-\d{6}\.pt$", path)), reverse=True)
+    paths = glob.glob(os.path.join(glob.escape(folder), f"checkpoint-{'[0-9]' * 6}.pt"))
+    return sorted(filter(os.path.isfile, paths), reverse=True)
 
 
 def load_checkpoint(args):
@@ -360,12 +355,14 @@ def main(argv=None):
     args = parse(argv)
     if args.plot:
         return plots.draw_curves(args.plot)
-    patience = datetime.timedelta(minutes=30)  # [g] others may wait while the first process writes
-    with models.processes(patience) as (rank, world, device), contextlib.ExitStack() as stack:
+    with models.processes(hours=0.5) as (rank, world, device), contextlib.ExitStack() as stack:  # [g] the longest write
         check_processes(args, world, device)
         store = open_store(args)
         if args.check:
-            return check(args)
+            problems = check_store(args.pairs, models.load_tokenizers(args.model))
+            if problems:
+                sys.exit("\n".join(problems) + f"\n{args.pairs}: {len(problems)} problems")
+            return print(f"{args.pairs} is whole")
         args.policies = [checksum(path) for folder in (args.winner, args.loser) if folder for path in
                          sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.safetensors"), recursive=True))]
         args.store = hashlib.sha256("".join([store.meta["table"], *store.meta["checksums"]]).encode()).hexdigest()
@@ -555,10 +552,7 @@ def open_log(args, start, floor=None):
         lines = [json.dumps(dict(update=0, noise_floor=floor, precision=args.precision)) + "\n"]
     elif os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            for line in file:
-                if not line.endswith("\n") or json.loads(line)["update"] > start:
-                    break
-                lines.append(line)
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["update"] <= start]
     write_text(path, "".join(lines))
     return open(path, "a", encoding="utf-8")
 
@@ -618,14 +612,6 @@ def open_store(args):
         sys.exit(f"--pairs {args.pairs} holds latents {store.meta['latents']} of scale {store.meta['scale']}, but "
                  f"{args.model} needs {shape} of {scale}: make its pairs with build_pairs.py --model {args.model}.")
     return store
-
-
-def check(args):
-    """--check: reads all pairs before any GPU time is spent, and says all that is wrong with them."""
-    problems = check_store(args.pairs, models.load_tokenizers(args.model))
-    if problems:
-        sys.exit("\n".join(problems) + f"\n{args.pairs}: {len(problems)} problems")
-    print(f"{args.pairs} is whole")
 
 
 def check_processes(args, world, device):
@@ -706,8 +692,8 @@ def parse(argv):
     rows = [key for key in EXPERIMENTS if key[2] == objective]  # this model and task; else this model; else the first
     rows.sort(key=lambda key: (key[0] != preset, key[:2] != (preset, args.task)))
     args.preset = " ".join(rows[0])
-    defaults = dict(batch_size=2048) | EXPERIMENTS[rows[0]] | MODELS.get(preset, OTHER_MODEL)
-    for key, value in defaults.items():
+    defaults = dict(batch_size=2048, micro_batch=MICRO_BATCH.get(preset, 1), lora_rank=LORA_RANK.get(preset, 0))
+    for key, value in (defaults | EXPERIMENTS[rows[0]]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     least = dict(updates=1, warmup=0, batch_size=1, micro_batch=1, save_every=1, seed=0, lora_rank=0)

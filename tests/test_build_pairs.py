@@ -465,7 +465,7 @@ def test_mistakes_end_in_one_sentence(flags, message, sd, prompts):
 
 def test_inspect_says_and_draws_what_is_in_a_store(sd, pairs, tmp_path, capsys, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(build_pairs.plots, "draw_pairs", lambda columns, path: drawn.update({path: columns}))
+    monkeypatch.setattr(build_pairs.plots, "draw_grid", lambda _, columns, path: drawn.update({path: columns}))
     build_pairs.main(["--inspect", pairs + "/"])
     said, store = capsys.readouterr().out, PairStore(pairs)
     rows = list(store.rows)
