@@ -64,8 +64,9 @@ ARCHITECTURES = {  # the published networks, and one for CPUs: family, sizes, Lo
 def build(family, sizes, device):
     """A model with random weights. SANA's text encoder is left out: its prompts are encoded as random numbers."""
     torch.manual_seed(0)
-    with torch.device(device), tempfile.TemporaryDirectory() as home:
+    with torch.device(device):
         pipe = tiny_models.FAMILIES[family](**sizes)
+    with tempfile.TemporaryDirectory() as home:
         pipe.scheduler.save_pretrained(os.path.join(home, "scheduler"))
         pipe.register_to_config(_name_or_path=home)
         model = models.FAMILIES[type(pipe).__name__](pipe, torch.device(device))

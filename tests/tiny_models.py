@@ -43,9 +43,15 @@ def vae(latent_channels=4, **config):
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, **config)
 
 
+def on_cpu(scheduler, **settings):
+    """A scheduler whose tables are where a file would put them, whatever the device of the networks."""
+    with torch.device("cpu"):
+        return scheduler(**settings)
+
+
 def sd(net=None, text=None):
     tokenizer, text_encoder = clip(**text or {})
-    scheduler = diffusers.PNDMScheduler(**SD_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
+    scheduler = on_cpu(diffusers.PNDMScheduler, **SD_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
     return diffusers.StableDiffusionPipeline(
         unet=unet(**net or {}), vae=vae(), text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -53,8 +59,8 @@ def sd(net=None, text=None):
 
 def sd2():
     tokenizer, text_encoder = clip(pad="!", hidden_act="gelu")
-    scheduler = diffusers.DDIMScheduler(**SD_SCHEDULE, prediction_type="v_prediction", clip_sample=False,
-                                        set_alpha_to_one=False)
+    scheduler = on_cpu(diffusers.DDIMScheduler, **SD_SCHEDULE, prediction_type="v_prediction", clip_sample=False,
+                       set_alpha_to_one=False)
     return diffusers.StableDiffusionPipeline(
         unet=unet(attention_head_dim=[2, 4], use_linear_projection=True), vae=vae(), text_encoder=text_encoder,
         tokenizer=tokenizer, scheduler=scheduler, safety_checker=None, feature_extractor=None,
@@ -70,7 +76,7 @@ def sdxl(net=None, text=None, text_2=None):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32 + 48, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=48 + 6 * 8))
-    scheduler = diffusers.EulerDiscreteScheduler(**SD_SCHEDULE, timestep_spacing="leading")
+    scheduler = on_cpu(diffusers.EulerDiscreteScheduler, **SD_SCHEDULE, timestep_spacing="leading")
     return diffusers.StableDiffusionXLPipeline(
         unet=network, vae=vae(scaling_factor=0.13025, force_upcast=True), text_encoder=text_encoder,
         tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, scheduler=scheduler,
@@ -94,8 +100,8 @@ def sana(net=None):
         latent_channels=4, attention_head_dim=4, **{f"encoder_{k}": v for k, v in half.items()},
         **{f"decoder_{k}": v for k, v in half.items()}, downsample_block_type="conv",
         upsample_block_type="interpolate", scaling_factor=0.41407)
-    scheduler = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction",
-                                                      flow_shift=3.0)
+    scheduler = on_cpu(diffusers.DPMSolverMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction",
+                       flow_shift=3.0)
     return diffusers.SanaPipeline(tokenizer, text_encoder, autoencoder, transformer, scheduler)
 
 
@@ -114,7 +120,7 @@ def sd3():
     for block in transformer.transformer_blocks:  # without this, a few letters among 333 tokens change little
         block.attn.add_v_proj.weight.data *= 10
     autoencoder = vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = on_cpu(diffusers.FlowMatchEulerDiscreteScheduler, shift=3.0)
     return diffusers.StableDiffusion3Pipeline(
         transformer, scheduler, autoencoder, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3,
         tokenizer_3)
