@@ -31,6 +31,7 @@ import os
 import pickle
 import shutil
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -193,6 +194,8 @@ def generate(args):
     every = {bench: items(bench, args.data) for bench in args.bench}
     model, steps, guidance = load_model(args.model, args, device)
     path = os.path.join(args.out, "settings.json")
+    while rank > 0 and not os.path.exists(path):
+        time.sleep(0.1)  # until the first process has said what this folder holds
     with locked(args.out) if rank == 0 else contextlib.nullcontext():
         if not os.path.exists(path) and set(os.listdir(args.out) if os.path.isdir(args.out) else ()) & set(COUNTS):
             sys.exit(f"{args.out} holds images but no settings.json that says how they were made: give another --out.")
