@@ -706,13 +706,16 @@ def read_settings(path):
 
 def read_scores(path):
     """{path of an image: its row} of a file in scores/, less a last line that a stopped run left unfinished."""
-    rows = {}
-    for number, line in enumerate(open(path, encoding="utf-8") if os.path.exists(path) else (), 1):
-        try:
-            row = json.loads(line) if line.endswith("\n") else None
-        except ValueError as error:
-            sys.exit(f"{path}:{number} cannot be read ({error}): delete that line and give the command of score again.")
-        rows |= {row["path"]: row} if row else {}
+    rows, number = {}, 0
+    if not os.path.exists(path):
+        return rows
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line) if line.endswith("\n") else None
+                rows |= {row["path"]: row} if row else {}
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{path}:{number} cannot be read ({error}): delete that line and give the command of score again.")
     return rows
 
 
@@ -820,10 +823,7 @@ def score_coco(run, rows, device, args, part=1000):
                 logits.append(net(x)[0].cpu())
             buffer = io.BytesIO()
             np.savez(buffer, features=torch.cat(features).numpy(), logits=torch.cat(logits).numpy())
-            os.makedirs(folder, exist_ok=True)
-            with open(file + ".partial", "wb") as out:
-                out.write(buffer.getvalue())
-            os.replace(file + ".partial", file)
+            write_text(file, buffer.getvalue())
         parts.append(np.load(file))
     features, logits = (torch.from_numpy(np.concatenate([p[key] for p in parts])) for key in ("features", "logits"))
     mean, spread = inception_score(logits)
