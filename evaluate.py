@@ -711,7 +711,8 @@ def read_scores(path):
         return rows
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 row = json.loads(line) if line.endswith("\n") else None
                 rows |= {row["path"]: row} if row else {}
     except (ValueError, KeyError, TypeError) as error:
