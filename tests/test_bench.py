@@ -111,6 +111,14 @@ def test_nothing_is_timed_unless_loss_and_gradient_agree(tiny, what, change, cap
     assert "tiny" not in capsys.readouterr().out
 
 
+def test_the_table_tells_what_rounding_costs(tiny, capsys):
+    floor = {}
+    for precision in ("fp16", "bf16"):
+        bench.main(["step", "--model", "tiny", "--seconds", "0", "--precision", precision])
+        floor[precision] = float(re.search(r"rounding lowers a logit by ([\d.e-]+)", capsys.readouterr().out).group(1))
+    assert 0.001 < floor["fp16"] < 0.02 and floor["bf16"] > 20 * floor["fp16"]  # as in tests/test_train.py
+
+
 def test_floors_count_nine_forward_passes_a_pair(tiny, capsys):
     model = bench.build("sd", {}, "cpu")
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
