@@ -240,7 +240,7 @@ def test_the_detector_sees_800_pixels_and_its_boxes_are_the_images(tmp_path, mon
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     found = evaluate.detect(net, image, tiny_judges.NAMES, threshold=0.05)
     assert sizes[0].shape == (1, 3, 800, 800)  # not the hub's 384
-    corner = (np.array(image)[0, 0] / 255 - evaluate.COCO_MEAN) / np.array(evaluate.COCO_STD)
+    corner = (np.array(image)[0, 0] - [123.675, 116.28, 103.53]) / np.array([58.395, 57.12, 57.375])
     np.testing.assert_allclose(sizes[0][0, :, 0, 0], corner, atol=1e-5)
     assert found and set(found) <= set(tiny_judges.NAMES)
     for pairs in found.values():
@@ -274,7 +274,7 @@ def test_the_official_lists_give_the_official_layouts_and_counts(tmp_path):
     found = {bench: evaluate.items(bench, data) for bench in evaluate.COUNTS}
     assert [row["path"] for row in found["geneval"]][3:5] == ["geneval/00000/samples/00003.png", "geneval/00001/samples/00000.png"]
     assert found["geneval"][-1]["path"] == "geneval/00552/samples/00003.png"
-    assert found["compbench"][3011]["path"] == "compbench/shape/samples/a dog next to the cup 1 and a dog._000011.png"
+    assert found["compbench"][3011]["path"] == "compbench/shape/samples/a dog and a dog next to the cup 1._000011.png"
     kinds = [row["kind"] for row in found["compbench"] if row["group"] == "complex"]
     assert [kinds.count(kind) for kind in ("spatial", "action", "all")] == [20, 10, 2970]  # the last prompt is the first again
     assert found["hps"][801]["path"] == "hps/concept-art/00001.jpg" and found["hps"][801]["prompt"] == "concept-art &amp; a dog 1"
@@ -449,10 +449,21 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
         seen, said = evaluate.clip_embed(clip, tokenizer, [image], [row["prompt"].replace("&amp;", "&")], pixels)
         assert row["value"] == pytest.approx(scale * (seen @ said.T).item(), abs=1e-3), name
     blip = rows["blip"][0]
-    assert [phrase for phrase, _ in blip["yes"]] == ["the dog", "the cup", "the dog"]  # as often as the prompt names it
-    assert blip["value"] == pytest.approx(np.prod([p for _, p in blip["yes"]]), abs=1e-4) and blip["yes"][0] == blip["yes"][2]
+    assert [phrase for phrase, _ in blip["yes"]] == ["the dog", "the dog", "the cup"]  # as often as the prompt names it
+    assert blip["value"] == pytest.approx(np.prod([p for _, p in blip["yes"]]), abs=1e-4) and blip["yes"][0] == blip["yes"][1]
     assert len({row["value"] for row in rows["blip"]}) > 10
     assert any(row["objects"] for row in rows["owl"]) and all({x["name"] for x in row["objects"]} <= {"dog", "cup"} for row in rows["owl"])
+
+    row = next(row for row in rows["owl"] if len(row["objects"]) == 2)
+    owl, words = evaluate.from_hub("Owlv2ForObjectDetection", evaluate.HUB["owl"], "cpu"), evaluate.from_hub("AutoTokenizer", evaluate.HUB["owl"])
+    image = Image.open(world / "ref" / row["path"]).convert("RGB").resize((64, 64), Image.BILINEAR)
+    tokens = words(["a photo of a dog", "a photo of a cup"], padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    out = owl(**tokens, pixel_values=evaluate.to_tensor(image)[None])
+    for k, thing in enumerate(sorted(row["objects"], key=lambda thing: thing["name"] == "cup")):
+        best = out.logits[0, :, k].argmax()
+        x, y, w, h = (479 * out.pred_boxes[0, best]).tolist()
+        assert thing["score"] == pytest.approx(out.logits[0, best, k].sigmoid().item(), abs=1e-4)
+        assert thing["box"] == pytest.approx([x - w / 2, y - h / 2, x + w / 2, y + h / 2], abs=0.1)
 
     # FID against a plain computation
     features = torch.cat([Trunk()(F.interpolate(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255, (299, 299), mode="bilinear") * 2 - 1)
@@ -489,7 +500,7 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
     assert difference["PickScore"]["mean"] == pytest.approx(whole["runs"][str(world / "tuned")]["PickScore"]["mean"] - ref["PickScore"]["mean"])
     assert difference["PickScore"]["mean"] != 0 and difference["PickScore"]["low"] <= difference["PickScore"]["mean"]
     assert "| paper, Table 1a: SD-1.4 + DDSPO |  | 0.5045 | 0.3823 |  | 16.39 | 38.10 |  |  |" in text and "Table 2b" not in text
-    assert "with OWLv2 in place of UniDet" in text and "| | GenEval (1) | GenEval, lenient (2) | CB (3) | CB~ (4) |" in text
+    assert "(4) CB~: with OWLv2 in place of UniDet" in text and "| | GenEval (1) | GenEval, lenient (2) | CB (3) | CB~ (4) |" in text
 
     # the official UniDet results take the proxy's place
     for category in ("spatial", "complex"):
@@ -574,6 +585,20 @@ def test_broken_lists_and_weights_are_named(world, clip, monkeypatch):
     monkeypatch.setitem(evaluate.HUB, "clip_b", str(world / "nothing"))
     with pytest.raises(SystemExit, match="cannot load .*nothing"):
         evaluate.JUDGES["clipscore"][2]("cpu", "")
+
+
+def test_the_papers_numbers_are_as_they_were_read():
+    assert len(evaluate.PAPER) == 25
+    assert sum(sum(numbers.values()) for *_, numbers in evaluate.PAPER) == pytest.approx(717.7134)
+
+
+def test_pickscore_reads_prompts_by_the_tokenizer_of_clip_h(clip, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "from_hub", lambda kind, name, device=None, real=evaluate.from_hub: asked.append((kind, name)) or real(kind, clip, device))
+    for judge in ("pick", "clipscore"):
+        evaluate.JUDGES[judge][2]("cpu", "")
+    assert asked == [("CLIPModel", "yuvalkirstain/PickScore_v1"), ("AutoTokenizer", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+                     ("CLIPModel", "openai/clip-vit-base-patch32"), ("AutoTokenizer", "openai/clip-vit-base-patch32")]
 
 
 def test_weights_are_float32_whatever_their_file(clip, tmp_path):
@@ -675,6 +700,14 @@ def test_two_writers_and_a_lack_of_memory_end_in_one_sentence(world, sd, monkeyp
         raise torch.OutOfMemoryError("20 GiB")
     monkeypatch.setattr(evaluate, "sample_images", sample)
     with pytest.raises(SystemExit, match="out of memory: give a smaller --batch-size, .*20 GiB"):
+        generate(world, sd, "run", "--bench", "pick")
+
+    def write(*arguments, **kinds):
+        raise OSError(28, "No space left on device", "x.jpg")
+    monkeypatch.undo()
+    monkeypatch.setitem(evaluate.COUNTS, "pick", 4)
+    monkeypatch.setattr(Image.Image, "save", write)
+    with pytest.raises(SystemExit, match="cannot read or write: .*No space left on device: 'x.jpg'. What is written stays"):
         generate(world, sd, "run", "--bench", "pick")
 
 

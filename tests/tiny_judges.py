@@ -136,11 +136,11 @@ def lists(folder, small=True):
              "coco/metadata.csv": "file_name,text\n" + "".join(f'COCO_val2014_{i:012d}.jpg,"A dog, number {i}"\n' for i in range(n["coco"])),
              "pick/PartiPrompts.tsv": "Prompt\tCategory\n" + "".join(f'"G {i}" by a dog\tArts\n' for i in range(n["pick"]))}
     for category in ("color", "shape", "texture", "spatial", "non_spatial", "complex"):
-        prompts = [f"a dog next to the cup {i} and a dog." for i in range(n["compbench"])]
+        prompts = [f"a dog and a dog next to the cup {i}." for i in range(n["compbench"])]
         prompts[-1] = prompts[0]  # color_val.txt has the same prompt twice
         files[f"compbench/{category}_val.txt"] = "\n".join(prompts) + "\n"
-    files["compbench/complex_val_spatial.txt"] = "A dog next to the cup 0 and a dog.\n"
-    files["compbench/complex_val_action.txt"] = "a dog next to the cup 1 and a dog\n"
+    files["compbench/complex_val_spatial.txt"] = "A dog and a dog next to the cup 0.\n"
+    files["compbench/complex_val_action.txt"] = "a dog and a dog next to the cup 1\n"
     for style in ("anime", "concept-art", "paintings", "photo"):
         files[f"hps/{style}.json"] = json.dumps([f"{style} &amp; a dog {i}" for i in range(n["hps"])])
     for name, text in files.items():
