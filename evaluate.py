@@ -34,6 +34,7 @@ import sys
 import time
 import zipfile
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -160,30 +161,32 @@ def load_model(name, args, device):
 
 
 def settings_of(model, steps, guidance, args):
-    """What images depend on. A checksum stands for the network's weights: the same path may hold another run's."""
+    """What images depend on, with a checksum of all weights: the same path may hold another run's."""
     weights = hashlib.sha256()
-    for name, x in sorted(model.net.state_dict().items()):
-        weights.update(name.encode() + x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for part, module in sorted(model.pipe.components.items()):
+        for name, x in sorted(module.state_dict().items() if isinstance(module, torch.nn.Module) else ()):
+            weights.update(f"{part} {name}".encode())
+            weights.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     base, note = args.model, os.path.join(args.model, "training.json")
     if os.path.exists(note):
         base = read_json(note).get("model", base)
     preset = {path: preset for preset, path in models.PRESETS.items()}.get(base, base)
     return dict(model=args.model, preset=preset, weights=weights.hexdigest()[:16], steps=steps, guidance=guidance,
                 seed=args.seed, sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
-                batch_size=args.batch_size)
+                versions=f"torch {torch.__version__}, diffusers {diffusers.__version__}")
 
 
 FIXED = ("weights", "steps", "guidance", "seed", "sampler", "precision")  # of a run's images; the rest is a note
 
 
 def check_settings(path, settings, lists, advice):
-    """Stops if `path` is of images with other settings or prompts; gives its lists of prompts and these together."""
+    """Stops if `path` is of images with other settings or prompts; else its settings, with these lists of prompts."""
     old = read_settings(path) if os.path.exists(path) else settings | dict(lists={})
-    differ = [f"{key} {old.get(key)}, not {settings[key]}" for key in FIXED if old.get(key) != settings[key]]
+    differ = [f"{key} {old[key]}, not {settings[key]}" for key in FIXED if old[key] != settings[key]]
     differ += [f"other prompts of {bench}" for bench in lists if old["lists"].get(bench, lists[bench]) != lists[bench]]
     if differ:
         sys.exit(f"{path} is of images made with {'; '.join(differ)}: {advice}.")
-    return old["lists"] | lists
+    return old | dict(lists=old["lists"] | lists)
 
 
 def generate(args):
@@ -199,11 +202,10 @@ def generate(args):
     with locked(args.out) if rank == 0 else contextlib.nullcontext():
         if not os.path.exists(path) and set(os.listdir(args.out) if os.path.isdir(args.out) else ()) & set(COUNTS):
             sys.exit(f"{args.out} holds images but no settings.json that says how they were made: give another --out.")
-        settings = settings_of(model, steps, guidance, args)
         lists = {bench: digest(rows) for bench, rows in every.items()}
-        lists = check_settings(path, settings, lists, "give another --out")
+        settings = check_settings(path, settings_of(model, steps, guidance, args), lists, "give another --out")
         if rank == 0:
-            write_text(path, json.dumps(settings | dict(lists=lists), indent=1) + "\n")
+            write_text(path, json.dumps(settings, indent=1) + "\n")
         for bench, rows in every.items():
             for row in rows[::4] if bench == "geneval" and rank == 0 else ():
                 folder = os.path.dirname(os.path.dirname(os.path.join(args.out, row["path"])))
@@ -215,19 +217,20 @@ def generate(args):
                     seeds = range(args.seed + start, args.seed + start + len(batch))
                     images = sample_images(model, [row["prompt"] for row in batch], seeds, steps, guidance)
                     for row, image in itertools.compress(zip(batch, images), missing):
-                        save_image(image, os.path.join(args.out, row["path"]))
+                        save_image(image, os.path.join(args.out, row["path"]),
+                                   os.path.join(args.out, f"{rank}-{os.getpid()}.partial"))
 
 
-def save_image(image, path):
+def save_image(image, path, partial):
     """Writes a PNG or JPEG file (Pillow's quality 75) whole or not at all. BK-SDM's protocol: a COCO image is written
     as JPEG into im512, read again, resized to 256 x 256 (bicubic) and written as JPEG into im256."""
     if os.path.basename(os.path.dirname(path)) == "im256":
         large = os.path.join(os.path.dirname(path), "..", "im512", os.path.basename(path))
-        save_image(image, os.path.normpath(large))
+        save_image(image, os.path.normpath(large), partial)
         image = Image.open(os.path.normpath(large)).resize((256, 256))
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    image.save(path + ".partial", format="PNG" if path.endswith(".png") else "JPEG")
-    os.replace(path + ".partial", path)
+    image.save(partial, format="PNG" if path.endswith(".png") else "JPEG")  # not beside: a scorer reads those folders
+    os.replace(partial, path)
 
 
 # ---- GenEval's rules (djghosh13/geneval, evaluate_images.py)
@@ -671,6 +674,8 @@ def load_shapes(device, data):
     import shapes  # which runs this file: so not above
 
     def judge(rows, images):
+        if images[0].size != (shapes.SIZE, shapes.SIZE):
+            sys.exit(f"the shapes benchmark needs images of {shapes.SIZE} x {shapes.SIZE} pixels, not {images[0].size}")
         found = [shapes.verdict(shapes.find_objects(np.array(x)), row["metadata"]) for row, x in zip(rows, images)]
         return [dict(correct=verdict["correct"], reason=verdict["reason"]) for verdict in found]
     return judge
@@ -699,7 +704,7 @@ def read_json(path):
 
 def read_settings(path):
     found = read_json(path)
-    if not isinstance(found, dict) or "lists" not in found:
+    if not isinstance(found, dict) or not {*FIXED, "preset", "lists"} <= found.keys():
         sys.exit(f"{path} was not written by evaluate.py generate: give a folder that it made.")
     return found
 
@@ -752,8 +757,8 @@ def score(args):
                          "give the command of generate again.")
             with locked(os.path.join(run, "scores")):
                 note = os.path.join(run, "scores", "settings.json")
-                lists = check_settings(note, settings, {bench: digest(rows)}, "delete that folder of scores")
-                write_text(note, json.dumps(settings | dict(lists=lists), indent=1) + "\n")
+                scored = check_settings(note, settings, {bench: digest(rows)}, "delete that folder of scores")
+                write_text(note, json.dumps(scored, indent=1) + "\n")
                 if bench == "coco":
                     score_coco(run, rows, device, args)
                 for name, (of, groups, load) in JUDGES.items():
@@ -944,8 +949,8 @@ def table(args):
         check_settings(note, settings[run], settings[run]["lists"], "delete that folder of scores")
         found[run] = collect(run)
         rows[run] = {name: interval(x) if isinstance(x, dict) else dict(mean=x) for name, x in found[run].items()}
-        rest = settings[run]["lists"].keys() - {bench_of(name) for name in found[run]}
-        remarks += [f"{run}: not scored yet: {', '.join(sorted(rest))}"] if rest else []
+        rest = settings[run]["lists"].keys() - {bench_of(name) for name in found[run] if ":" not in name}
+        remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
     if not any(found.values()):
         sys.exit(f"nothing in {', '.join(names)} has been scored yet: run evaluate.py score first.")
     first = names[0]

@@ -123,14 +123,7 @@ def micro_batch(store, model, args, micro, device):
     if device.type == "cuda":  # so that the copies do not wait for the GPU's work
         tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
     perturbed = args.objective == "ddspo" and not args.winner
-    return *encode(model, c, c_minus if perturbed else ()), *tensors
-
-
-def encode(model, c, c_minus):
-    """Prompts c and c_minus (or none) -> both encoded, in one pass of the text encoders."""
-    both = model.encode([*c, *c_minus])
-    c, c_minus = ({name: x[part] for name, x in both.items()} for part in (slice(len(c)), slice(len(c), None)))
-    return c, c_minus if len(next(iter(c_minus.values()))) else None
+    return model.encode(c), model.encode(c_minus) if perturbed else None, *tensors
 
 
 # ---- the step

@@ -1,6 +1,7 @@
 """bench.py: what it prints was measured on the same work, and nothing is printed where the two ways disagree."""
 
 import functools
+import math
 import os
 import re
 import subprocess
@@ -68,7 +69,7 @@ TINY = {"tiny": ("sd", {}, 0, 2), "tiny-sana": ("sana", {}, 4, 2)}
 def tiny(monkeypatch):
     for name, row in TINY.items():
         monkeypatch.setitem(bench.ARCHITECTURES, name, row)
-    monkeypatch.setattr(bench, "matmul_peak", lambda device: 1e9)
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, precision: 1e9)
 
 
 @pytest.mark.parametrize("name, arms", [("tiny", 3), ("tiny-sana", 4)])
@@ -89,7 +90,7 @@ def test_the_step_is_timed_in_turns_on_equal_work(tiny, name, arms, capsys, monk
     bench.main(["step", "--model", name, "--seconds", "0", *["--compile"] * (arms == 4)])
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
     rows = {row[0]: row for row in lines[:arms]}
-    assert list(rows) == [f"{name}, {arm}" for arm in ("naive", "ours", "naive, again", "ours, compiled")[:arms]]
+    assert list(rows) == [f"{name}, {arm}" for arm in ("naive", "naive, again", "ours", "ours, compiled")[:arms]]
     ours, again = numbers(rows[f"{name}, ours"][2]), numbers(rows[f"{name}, naive, again"][2])
     assert ours[1] <= ours[0] <= ours[2] and ours[0] < 0.8 * again[0]
     assert numbers(rows[f"{name}, naive"][2]) == [1, 1, 1]
@@ -119,15 +120,44 @@ def test_the_table_tells_what_rounding_costs(tiny, capsys):
     assert 0.001 < floor["fp16"] < 0.02 and floor["bf16"] > 20 * floor["fp16"]  # as in tests/test_train.py
 
 
-def test_floors_count_nine_forward_passes_a_pair(tiny, capsys):
-    model = bench.build("sd", {}, "cpu")
+@pytest.mark.parametrize("name, passes", [("tiny", 9), ("tiny-sana", 7)])
+def test_floors_count_the_passes_that_a_pair_needs(tiny, capsys, name, passes):
+    family, sizes, rank, _ = bench.ARCHITECTURES[name]
+    model = bench.build(family, sizes, "cpu")
+    models.add_lora(model.net, rank) if rank else None
+    c = model.encode(["a"])
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        c = model.encode(["a"])
-        before = counter.get_total_flops()
-        model.predict(model.net, torch.zeros(1, *model.latent_shape), torch.tensor([3]), c)
-    forward = counter.get_total_flops() - before
+        net = models.with_adapter(model.net) if rank else model.net
+        model.predict(net, torch.zeros(1, *model.latent_shape), torch.tensor([3]), c)
+    bench.main(["step", "--model", name, "--seconds", "0"])
+    assert f"{passes * counter.get_total_flops() / 1e12:.4g} TFLOP a pair" in capsys.readouterr().out
+
+
+def test_the_naive_step_is_naive_and_the_student_is_not_the_reference(tiny, monkeypatch):
+    samples, losses = {}, {}
+
+    def spy(arm, real):
+        def loss(model, policies, *rest, **kinds):
+            def predict(net, x_t, *more):
+                samples[arm].append(("ref" if net is policies["ref"] else "theta", len(x_t)))
+                return type(model).predict(model, net, x_t, *more)
+            samples[arm], model.predict = [], predict
+            losses[arm] = real(model, policies, *rest, **kinds)
+            del model.predict
+            return losses[arm]
+        monkeypatch.setattr(bench, arm, loss)
+    for arm in ("naive_loss", "our_loss"):
+        spy(arm, getattr(bench, arm))
     bench.main(["step", "--model", "tiny", "--seconds", "0"])
-    assert f"{9 * forward / 1e12:.4g} TFLOP a pair" in capsys.readouterr().out
+    assert sorted(samples["naive_loss"]) == [("ref", 4), ("ref", 4), ("theta", 4)]
+    assert sorted(samples["our_loss"]) == [("ref", 2), ("ref", 4), ("theta", 4)]
+    assert all((loss.detach() - math.log(2)).abs().max() > 1e-4 for loss in losses.values())
+
+
+def test_the_peak_counts_two_operations_a_multiplication(monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(bench, "clock", lambda device: next(ticks))
+    assert bench.matmul_peak(torch.device("cpu"), "fp32") == 10 * 2 * 1024**3  # ten products a second
 
 
 @pytest.mark.parametrize("name, millions", [("mid", 12.8), ("sd14", 859.5), ("sdxl", 2567.5), ("sana", 591.8)])
@@ -139,6 +169,20 @@ def test_the_networks_are_of_the_published_sizes(name, millions):
 def test_the_real_networks_need_a_gpu():
     with pytest.raises(SystemExit, match="need a GPU: on a CPU take mid"):
         bench.main(["step", "--model", "sd14", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="this torch finds no GPU"):
+        bench.main(["step", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="--random-weights goes with"):
+        bench.main(["pairs", "--model", "sana", "--random-weights"])
+
+
+def test_pairs_are_timed_on_random_weights_beside_the_peak(tiny, capsys, monkeypatch):
+    monkeypatch.setitem(bench.ARCHITECTURES, "mid", TINY["tiny"])
+    model = bench.build("sd", {}, "cpu")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.predict(model.net, torch.zeros(1, *model.latent_shape), torch.tensor([0]), dict(prompt_embeds=torch.zeros(1, 77, 32)))
+    bench.main(["pairs", "--model", "mid", "--random-weights", "--pairs", "4", "--turns", "1", "--steps", "2"])
+    rate, share = numbers(capsys.readouterr().out.splitlines()[1])[:2]
+    assert share / 100 == pytest.approx(rate * 4 * 2 * counter.get_total_flops() / 1e9, rel=0.05)
 
 
 @pytest.mark.slow

@@ -251,6 +251,33 @@ def test_the_detector_sees_800_pixels_and_its_boxes_are_the_images(tmp_path, mon
     assert sizes[1].shape == (1, 3, 672, 1344) and not sizes[1][..., 667:, :].any()  # (1333, 667), padded with 0
 
 
+def test_detections_come_best_first(tmp_path, monkeypatch):
+    tiny_judges.mask2former(str(tmp_path / "m"))
+    net = evaluate.from_hub("Mask2FormerForUniversalSegmentation", str(tmp_path / "m"), "cpu")
+    boxes = torch.tensor([[0, 0, 9, 9, 0.5], [1, 1, 8, 8, 0.9], [2, 2, 7, 7, 0.3], [3, 3, 6, 6, 0.7]])
+    monkeypatch.setattr(evaluate, "instances", lambda *_: (torch.tensor([78, 78, 78, 47]), boxes, torch.ones(4, 64, 64, dtype=torch.bool)))
+    found = evaluate.detect(net, Image.new("RGB", (64, 64)), tiny_judges.NAMES)
+    scores = {name: [round(box[4], 3) for box, _ in pairs] for name, pairs in found.items()}
+    assert scores in ({"dog": [0.9, 0.5], "red cup": [0.7]}, {"dog": [0.9, 0.5, 0.3], "red cup": [0.7]})  # 0.3 is float32's
+
+
+def test_geneval_is_judged_by_both_position_rules_on_masked_crops(clip, tmp_path, monkeypatch):
+    (tmp_path / "geneval").mkdir()
+    (tmp_path / "geneval" / "object_names.txt").write_text("\n".join(tiny_judges.NAMES))
+    mask = Image.new("1", (140, 100), 1)
+    mask.paste(0, (40, 0, 140, 50))
+    things = dict(dog=[([0, 0, 100, 100, 0.9], mask)], cup=[([40, 0, 140, 100, 0.8], mask)])
+    seen = []
+    monkeypatch.setattr(evaluate, "detect", lambda net, image, names: things)
+    monkeypatch.setattr(evaluate, "from_hub", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "name_colors", lambda net, tokenizer, crops, name: seen.extend(crops) or ["red"] * len(crops))
+    clauses = [{"class": "cup", "count": 1, "color": "red"}, {"class": "dog", "count": 1, "position": ["left of", 0]}]
+    row, = evaluate.load_geneval("cpu", str(tmp_path))([dict(path="p", group="position", metadata=dict(tag="position", include=clauses))], [Image.new("RGB", (140, 100), "blue")])
+    assert row["correct"] is False and row["lenient"] is True
+    crop, = seen
+    assert crop.size == (100, 100) and crop.getpixel((50, 20)) == (153, 153, 153) and crop.getpixel((50, 80)) == (0, 0, 255)
+
+
 def test_colours_are_the_nearest_of_mean_templates(clip):
     net, tokenizer = evaluate.from_hub("CLIPModel", clip, "cpu"), evaluate.from_hub("AutoTokenizer", clip)
     crops = [Image.new("RGB", (30, 20), color) for color in ("red", "blue", "white")]
@@ -279,7 +306,7 @@ def test_the_official_lists_give_the_official_layouts_and_counts(tmp_path):
     assert [kinds.count(kind) for kind in ("spatial", "action", "all")] == [20, 10, 2970]  # the last prompt is the first again
     assert found["hps"][801]["path"] == "hps/concept-art/00001.jpg" and found["hps"][801]["prompt"] == "concept-art &amp; a dog 1"
     assert found["pick"][1631] == dict(path="pick/images/01631.jpg", prompt='"G 1631" by a dog', group="pick", index=1631)
-    assert found["coco"][7]["path"] == "coco/im256/COCO_val2014_000000000007.jpg" and found["coco"][7]["prompt"] == "A dog, number 7"
+    assert found["coco"][7]["path"] == "coco/im256/COCO_val2014_000000029992.jpg" and found["coco"][7]["prompt"] == "A dog, number 29992"
     assert len(found["shapes"]) == 400 and found["shapes"][0]["prompt"] == found["shapes"][0]["metadata"]["caption"]
     (tmp_path / "pick" / "PartiPrompts.tsv").write_text("Prompt\na\nb\n")
     with pytest.raises(SystemExit, match=r"pick give 2 images, not 1632: delete that folder"):
@@ -334,7 +361,7 @@ def test_images_depend_on_seed_and_place_only(world, sd, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "3")
         generate(world, sd, "three", "--bench", "pick", "coco", "--batch-size", "3", "--seed", "5")
     one = images(world / "one")
-    assert one == images(world / "three") and len(one) == 4 + 2 * 5 + 1
+    assert one == images(world / "three") and len(one) == 4 + 2 * 12 + 1
     monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
     for name in ("pick/images/00001.jpg", "coco/im256/COCO_val2014_000000000004.jpg"):
         os.remove(world / "one" / name)
@@ -353,18 +380,42 @@ def test_images_depend_on_seed_and_place_only(world, sd, monkeypatch):
         assert (world / "small.jpg").read_bytes() == one[f"coco/im256/{name}"]
 
 
+def test_other_processes_wait_for_the_first_to_say_what_the_folder_holds(world, sd, monkeypatch):
+    waited = []
+
+    def sleep(seconds):  # meanwhile the first process starts
+        waited.append(seconds)
+        monkeypatch.setenv("RANK", "0")
+        generate(world, sd, "run", "--bench", "pick", "--batch-size", "2")
+    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    generate(world, sd, "run", "--bench", "pick", "--batch-size", "2")
+    assert len(waited) == 1 and len(os.listdir(world / "run" / "pick" / "images")) == 4
+
+
 def test_other_settings_are_not_mixed_into_a_folder(world, sd):
     generate(world, sd, "run", "--bench", "pick")
     generate(world, sd, "run", "--bench", "hps")  # another benchmark is welcome
     settings = json.loads((world / "run" / "settings.json").read_text())
     assert settings["lists"].keys() == {"pick", "hps"} and settings["seed"] == 42 and settings["guidance"] == 7.5
     assert settings["sampler"] == "PNDMScheduler" and settings["preset"] == sd
+    for key in evaluate.FIXED:
+        with pytest.raises(SystemExit, match=f"images made with {key} .*, not 99: advice"):
+            evaluate.check_settings(str(world / "run" / "settings.json"), settings | {key: 99}, {}, "advice")
+    assert set(evaluate.FIXED) == {"weights", "steps", "guidance", "seed", "sampler", "precision"}
     with pytest.raises(SystemExit, match=r"images made with seed 42, not 43: give another --out"):
         generate(world, sd, "run", "--bench", "pick", "--seed", "43")
     generate(world, sd + "/", "run", "--bench", "pick", "--batch-size", "1")  # as after running out of memory
     (world / "data" / "pick" / "PartiPrompts.tsv").write_text("Prompt\na\nb\nc\nd\n")
     with pytest.raises(SystemExit, match="other prompts of pick"):
         generate(world, sd, "run", "--bench", "pick")
+    other = models.load(sd)
+    other.pipe.vae.decoder.conv_out.bias.data += 0.1
+    other.pipe.save_pretrained(world / "vae")
+    (world / "data" / "pick" / "PartiPrompts.tsv").write_text("".join(["Prompt\n", *[f'"G {i}" by a dog\n' for i in range(4)]]))
+    with pytest.raises(SystemExit, match="images made with weights"):
+        generate(world, str(world / "vae"), "run", "--bench", "hps")
     other = models.load(sd)
     other.net.conv_in.weight.data[0, 0, 0, 0] += 1
     other.pipe.save_pretrained(world / "model")
@@ -452,6 +503,10 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
     assert [phrase for phrase, _ in blip["yes"]] == ["the dog", "the dog", "the cup"]  # as often as the prompt names it
     assert blip["value"] == pytest.approx(np.prod([p for _, p in blip["yes"]]), abs=1e-4) and blip["yes"][0] == blip["yes"][1]
     assert len({row["value"] for row in rows["blip"]}) > 10
+    vqa, bert = tiny_judges.blip()[0], evaluate.from_hub("AutoTokenizer", evaluate.HUB["bert"])
+    pixels = evaluate.to_tensor(Image.open(world / "ref" / blip["path"]).convert("RGB").resize((32, 32), Image.BICUBIC))[None]
+    p, = evaluate.blip_yes(vqa, vqa.vision_model(pixels).last_hidden_state, bert("the cup?", return_tensors="pt").input_ids)
+    assert blip["yes"][2] == ["the cup", pytest.approx(p, abs=1e-5)]
     assert any(row["objects"] for row in rows["owl"]) and all({x["name"] for x in row["objects"]} <= {"dog", "cup"} for row in rows["owl"])
 
     row = next(row for row in rows["owl"] if len(row["objects"]) == 2)
@@ -472,6 +527,9 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
         parts = [torch.from_numpy(x) for x in (features.mean(0), np.cov(features.T), real["mu"], real["sigma"])]
     coco = json.loads((folder / "coco.json").read_text())
     assert coco["FID"] == pytest.approx(evaluate.frechet(*parts), rel=1e-4) and not (folder / "coco-parts").exists()
+    logits = torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))).float().mean((0, 1)) / 20
+                          for path in sorted((world / "ref" / "coco" / "im256").iterdir())])  # as torch-fidelity reads a folder
+    assert coco["IS"] == pytest.approx(evaluate.inception_score(logits)[0], rel=1e-6) and coco["IS"] > 1
 
     # a stop in the middle of a line: the rest is judged again, to the same
     whole = (folder / "owl.jsonl").read_text()
@@ -562,15 +620,27 @@ def test_a_benchmark_is_compared_where_both_runs_have_it(world, sd, judges):
     score(world, "a", "b", flags=["--bench", "pick"])
     evaluate.main(["table", str(world / "a"), str(world / "b"), "--out", str(world / "t.md")])
     text = (world / "t.md").read_text()
-    assert f"| {world / 'b'} − {world / 'a'} |" in text and f"{world / 'a'}: not scored yet: hps" in text
+    assert f"| {world / 'b'} − {world / 'a'} |" in text and f"{world / 'a'}: not scored, or only in part: hps" in text
     assert "b differs from " in text and "in guidance (3.0, not 7.5)" in text and "paper" not in text
+    for name, change in (("c", 3.0), ("d", 0.0)):  # a constant difference has no spread: prompts are paired with themselves
+        shutil.copytree(world / "a", world / name)
+        lines = [json.loads(line) for line in open(world / "a" / "scores" / "pick.jsonl")]
+        assert len({row["value"] for row in lines}) > 2
+        (world / name / "scores" / "pick.jsonl").write_text("".join(json.dumps(row | dict(value=row["value"] + change)) + "\n" for row in lines))
+    for path in (world / "d" / "settings.json", world / "d" / "scores" / "settings.json"):
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps(found | dict(lists=found["lists"] | dict(pick="other prompts"))))
+    evaluate.main(["table", *[str(world / name) for name in "acd"], "--out", str(world / "t.md")])
+    runs = json.loads((world / "t.json").read_text())["runs"]
+    assert runs[f"{world / 'c'} − {world / 'a'}"]["PickScore"] == pytest.approx(dict(mean=3, low=3, high=3))
+    assert f"{world / 'd'} − {world / 'a'}" not in runs and "d and " in (world / "t.md").read_text()
 
 
 def test_broken_lists_and_weights_are_named(world, clip, monkeypatch):
     (world / "data" / "hps" / "photo.json").write_text('["a')
     with pytest.raises(SystemExit, match="cannot read the lists of prompts in .*data/hps .*delete that folder"):
         evaluate.items("hps", str(world / "data"))
-    (world / "data" / "coco" / "metadata.csv").write_text('file_name,text\n' + "".join(f'{i}.jpg,"a\ndog"\n' for i in range(5)))
+    (world / "data" / "coco" / "metadata.csv").write_text('file_name,text\n' + "".join(f'{i}.jpg,"a\ndog"\n' for i in range(12)))
     assert evaluate.items("coco", str(world / "data"))[4]["prompt"] == "a\ndog"
     (world / "data" / "coco" / "real_im256.npz").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(SystemExit, match="cannot read .*real_im256.npz .*delete it"):
@@ -621,6 +691,10 @@ def test_the_shapes_benchmark_is_scored_by_its_rules(world, sd):
     import shapes
 
     generate(world, sd, "run", "--bench", "shapes")
+    with pytest.raises(SystemExit, match=r"shapes benchmark needs images of 32 x 32 pixels, not \(64, 64\)"):
+        score(world, "run")
+    for path in (world / "run" / "shapes").iterdir():
+        Image.open(path).resize((32, 32)).save(path)
     rows = evaluate.items("shapes", str(world / "data"))
     for k, row in enumerate(rows):
         if k % 2:  # half of the images show what they should
@@ -702,13 +776,16 @@ def test_two_writers_and_a_lack_of_memory_end_in_one_sentence(world, sd, monkeyp
     with pytest.raises(SystemExit, match="out of memory: give a smaller --batch-size, .*20 GiB"):
         generate(world, sd, "run", "--bench", "pick")
 
-    def write(*arguments, **kinds):
+    def write(image, path, **kinds):
+        with open(path, "w") as file:
+            file.write("half an image")
         raise OSError(28, "No space left on device", "x.jpg")
     monkeypatch.undo()
     monkeypatch.setitem(evaluate.COUNTS, "pick", 4)
     monkeypatch.setattr(Image.Image, "save", write)
     with pytest.raises(SystemExit, match="cannot read or write: .*No space left on device: 'x.jpg'. What is written stays"):
         generate(world, sd, "run", "--bench", "pick")
+    assert os.listdir(world / "run" / "pick" / "images") == []
 
 
 def test_what_is_only_in_requirements_eval_is_asked_for(monkeypatch):

@@ -124,7 +124,7 @@ class Parse(list):
 
 def lists(folder, small=True):
     """Writes lists of prompts of the benchmarks' own form: short ones, or of the official length."""
-    n = dict(geneval=2, compbench=2, coco=5, hps=3, pick=4) if small else dict(geneval=None, compbench=300, coco=30000, hps=800, pick=1632)
+    n = dict(geneval=2, compbench=2, coco=12, hps=3, pick=4) if small else dict(geneval=None, compbench=300, coco=30000, hps=800, pick=1632)
     tags = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     sizes = [n["geneval"]] * 6 if small else [80, 99, 80, 94, 100, 100]
     dog, cup = dict({"class": "dog"}, count=1), dict({"class": "red cup"}, count=1)
@@ -133,7 +133,7 @@ def lists(folder, small=True):
     rows = [dict(tag=tag, include=clauses[tag], prompt=f"a photo of a dog {tag} {i}") for tag, size in zip(tags, sizes) for i in range(size)]
     files = {"geneval/evaluation_metadata.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
              "geneval/object_names.txt": "\n".join(NAMES) + "\n",
-             "coco/metadata.csv": "file_name,text\n" + "".join(f'COCO_val2014_{i:012d}.jpg,"A dog, number {i}"\n' for i in range(n["coco"])),
+             "coco/metadata.csv": "file_name,text\n" + "".join(f'COCO_val2014_{i:012d}.jpg,"A dog, number {i}"\n' for i in reversed(range(n["coco"]))),
              "pick/PartiPrompts.tsv": "Prompt\tCategory\n" + "".join(f'"G {i}" by a dog\tArts\n' for i in range(n["pick"]))}
     for category in ("color", "shape", "texture", "spatial", "non_spatial", "complex"):
         prompts = [f"a dog and a dog next to the cup {i}." for i in range(n["compbench"])]
