@@ -170,8 +170,8 @@ def settings_of(model, steps, guidance, args):
     base, note = args.model, os.path.join(args.model, "training.json")
     if os.path.exists(note):
         base = read_json(note).get("model", base)
-    preset = {path: preset for preset, path in models.PRESETS.items()}.get(base, base)
-    return dict(model=args.model, preset=preset, weights=weights.hexdigest()[:16], steps=steps, guidance=guidance,
+    base = {path: preset for preset, path in models.PRESETS.items()}.get(base, base)
+    return dict(model=args.model, base=base, weights=weights.hexdigest()[:16], steps=steps, guidance=guidance,
                 seed=args.seed, sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
                 versions=f"torch {torch.__version__}, diffusers {diffusers.__version__}")
 
@@ -704,7 +704,7 @@ def read_json(path):
 
 def read_settings(path):
     found = read_json(path)
-    if not isinstance(found, dict) or not {*FIXED, "preset", "lists"} <= found.keys():
+    if not isinstance(found, dict) or not {*FIXED, "base", "lists"} <= found.keys():
         sys.exit(f"{path} was not written by evaluate.py generate: give a folder that it made.")
     return found
 
@@ -971,7 +971,7 @@ def table(args):
             for name in paired if not name.startswith("IS, ")}
     paper = {f"paper, Table {number}: {row}": {
         "GenEval, lenient" if name == "GenEval" else name: dict(mean=x) for name, x in values.items()}
-        for number, preset, row, values in PAPER if preset in {one["preset"] for one in settings.values()}}
+        for number, preset, row, values in PAPER if preset in {one["base"] for one in settings.values()}}
     metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
     columns = [name for name in COLUMNS if name in metrics or (name == "CB" and "CB~" in metrics)]
     notes = [name for name in NOTES if name in metrics + columns]

@@ -399,7 +399,7 @@ def test_other_settings_are_not_mixed_into_a_folder(world, sd):
     generate(world, sd, "run", "--bench", "hps")  # another benchmark is welcome
     settings = json.loads((world / "run" / "settings.json").read_text())
     assert settings["lists"].keys() == {"pick", "hps"} and settings["seed"] == 42 and settings["guidance"] == 7.5
-    assert settings["sampler"] == "PNDMScheduler" and settings["preset"] == sd
+    assert settings["sampler"] == "PNDMScheduler" and settings["base"] == sd
     for key in evaluate.FIXED:
         with pytest.raises(SystemExit, match=f"images made with {key} .*, not 99: advice"):
             evaluate.check_settings(str(world / "run" / "settings.json"), settings | {key: 99}, {}, "advice")
@@ -422,7 +422,7 @@ def test_other_settings_are_not_mixed_into_a_folder(world, sd):
     (world / "model" / "training.json").write_text(json.dumps(dict(model="sdxl")))
     generate(world, str(world / "model"), "tuned", "--bench", "hps")
     tuned = json.loads((world / "tuned" / "settings.json").read_text())
-    assert tuned["weights"] != settings["weights"] and tuned["preset"] == "sdxl"
+    assert tuned["weights"] != settings["weights"] and tuned["base"] == "sdxl"
     assert len({len(tuned["weights"]), len(settings["weights"]), 16}) == 1
     os.remove(world / "run" / "settings.json")
     with pytest.raises(SystemExit, match="holds images but no settings.json"):
