@@ -993,10 +993,10 @@ def table(args):
     if rest:
         text += ["", "| | " + " | ".join(rows) + " |", "| --- |" + " --- |" * len(rows)]
         text += [f"| {head(name)} | " + " | ".join(cell(name, row) for row in rows.values()) + " |" for name in rest]
-    text += ["", "In brackets: 95 % intervals from resampling prompts; differences are paired."]
-    text += [f"({k + 1}) {name}: {NOTES[name]}" for k, name in enumerate(notes)] + remarks
-    text += [f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items() if key != "lists")
-             for run in names]
+    text += ["", "In brackets: 95 % intervals from resampling prompts; differences are paired.", ""]
+    remarks += [f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items() if key != "lists")
+                for run in names]
+    text += [f"- ({k + 1}) {name}: {NOTES[name]}" for k, name in enumerate(notes)] + [f"- {line}" for line in remarks]
     write_text(args.out, "\n".join(text) + "\n")
     whole = dict(runs=rows, paper=paper, notes=NOTES, remarks=remarks, settings=settings)
     write_text(os.path.splitext(args.out)[0] + ".json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
