@@ -5,12 +5,12 @@
     python evaluate.py table eval/sd14
     python evaluate.py grid --models sd14 runs/sd14-ddspo/pipeline --prompts prompts.txt --out grid.png
 
-    benchmark   images                              judged by                                    licence of its weights
-    geneval     553 prompts, 4 each                 Mask2Former and CLIP L/14, GenEval's rules   CC BY-NC; MIT
-    compbench   6 categories of 300 prompts, 10     BLIP-VQA, CLIP B/32, UniDet or OWLv2         BSD-3; MIT; Apache-2.0
-    coco        30,000 captions, 1 each             FID and IS by BK-SDM's protocol              Apache-2.0
-    hps         4 styles of 800 prompts, 1          HPSv2, version 2.0                           Apache-2.0
-    pick        1,632 PartiPrompts, 1               PickScore                                    MIT
+    benchmark   images                              judged by (licences that forbid or ask something)
+    geneval     553 prompts, 4 each                 Mask2Former (CC BY-NC) and CLIP L/14, GenEval's rules
+    compbench   6 categories of 300 prompts, 10     BLIP-VQA (BSD-3), CLIP B/32, UniDet (non-commercial) or OWLv2
+    coco        30,000 captions, 1 each             FID and IS by BK-SDM's protocol
+    hps         4 styles of 800 prompts, 1          HPSv2, version 2.0 (Apache-2.0)
+    pick        1,632 PartiPrompts, 1               PickScore
     shapes      400 prompts of shapes.py, 1         its rules
 
 `generate` writes a benchmark's images into the folders that its official scorer reads; image i of a benchmark comes
