@@ -395,10 +395,9 @@ def main(argv=None):
     command.add_argument("--pairs", type=int, default=200_000)
     command.add_argument("--folder", help="where to write the store (default: the system's temporary folder)")
     args = parser.parse_args(argv)
-    least = dict(pairs=1, turns=1, steps=1, batch_size=1, micro_batch=1, seconds=0, lora_rank=0)
     if getattr(args, "random_weights", False) and args.model not in ("mid", "sd14", "sdxl"):
         raise SystemExit("--random-weights goes with --model mid, sd14 or sdxl.")
-    check_flags(args, **{name: bound for name, bound in least.items() if getattr(args, name, None) is not None})
+    check_flags(args, pairs=1, turns=1, steps=1, batch_size=1, micro_batch=1, seconds=0, lora_rank=0)
     args.run(args)
 
 

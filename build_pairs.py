@@ -327,8 +327,7 @@ def main(argv=None):
         if args.from_images and getattr(args, flag) is not None:
             sys.exit(f"--{flag} goes with pairs that are generated, not with --from-images.")
         setattr(args, flag, default if getattr(args, flag) is None else getattr(args, flag))
-    given = {flag: least for flag, least in dict(steps=1, guidance=0).items() if getattr(args, flag) is not None}
-    check_flags(args, batch_size=1, shard_size=1, seed=0, **given)
+    check_flags(args, batch_size=1, shard_size=1, seed=0, steps=1, guidance=0)
 
     rows = read_image_pairs(args.from_images) if args.from_images else read_perturbed(args.prompts, args.seed)
     with models.processes() as (rank, world, device), locked(args.out) if rank == 0 else contextlib.nullcontext():

@@ -410,10 +410,14 @@ def from_hub(kind, name, device=None):
     return found.to(device).eval().requires_grad_(False) if device else found
 
 
+def unit(image):
+    """A PIL image -> (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
 def to_tensor(image, mean=CLIP_MEAN, std=CLIP_STD):
     """A PIL image or (3, H, W) in [0, 1] -> (3, H, W), normalised."""
-    if isinstance(image, Image.Image):
-        image = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    image = unit(image) if isinstance(image, Image.Image) else image
     return (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
@@ -432,7 +436,7 @@ def clip_pixels(image, size=224):
 
 def hps_pixels(image, size=224):
     """HPSv2 resizes the longest side of a tensor, as torchvision before 0.17 did: without antialias; then it pads."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    x = unit(image)[None]
     h, w = (round(side * size / max(image.size)) for side in x.shape[2:])
     x = F.interpolate(x, (h, w), mode="bicubic", align_corners=False, antialias=False)
     left, top = (size - w) // 2, (size - h) // 2
@@ -456,9 +460,9 @@ def instances(class_logits, mask_logits, padded, resized, size, most=100):
     labels, queries = places % scores.shape[1], places // scores.shape[1]
     logits = F.interpolate(mask_logits[None], padded, mode="bilinear", align_corners=False)
     logits = F.interpolate(logits[:, :, :resized[0], :resized[1]], size, mode="bilinear", align_corners=False)[0]
-    inside = (logits > 0).flatten(1)
-    quality = (logits.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
     masks, spans = logits > 0, []
+    inside = masks.flatten(1)
+    quality = (logits.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
     for hit in (masks.any(1).int(), masks.any(2).int()):  # over x, over y
         spans.append((hit.argmax(1), hit.shape[1] - hit.flip(1).argmax(1)))
     (x0, x1), (y0, y1) = spans
@@ -473,8 +477,8 @@ def detect(net, image, names, threshold=0.3):
     scale = min(1333 / max(w, h), 800 / min(w, h))
     resized = int(h * scale + 0.5), int(w * scale + 0.5)
     padded = [-(-side // 32) * 32 for side in resized]
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    x = to_tensor(F.interpolate(x, resized, mode="bilinear", align_corners=False)[0], COCO_MEAN, COCO_STD)
+    x = F.interpolate(unit(image)[None], resized, mode="bilinear", align_corners=False)[0]
+    x = to_tensor(x, COCO_MEAN, COCO_STD)
     x = F.pad(x, (0, padded[1] - resized[1], 0, padded[0] - resized[0]))[None].to(net.device)
     out, found = net(pixel_values=x), {}
     labels, boxes, masks = instances(out.class_queries_logits[0], out.masks_queries_logits[0], padded, resized, (h, w))
@@ -757,7 +761,8 @@ def score(args):
                          "give the command of generate again.")
             with locked(os.path.join(run, "scores")):
                 note = os.path.join(run, "scores", "settings.json")
-                scored = check_settings(note, settings, {bench: digest(rows)}, "delete that folder of scores")
+                lists = {bench: settings["lists"][bench]}
+                scored = check_settings(note, settings, lists, "delete that folder of scores")
                 write_text(note, json.dumps(scored, indent=1) + "\n")
                 if bench == "coco":
                     score_coco(run, rows, device, args)
@@ -824,8 +829,8 @@ def score_coco(run, rows, device, args, part=1000):
             for k in range(0, len(some), args.batch_size):
                 images = [open_image(os.path.join(run, row["path"])) for row in some[k:k + args.batch_size]]
                 x = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2).to(device)
-                unit = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
-                features.append(trunk(unit).cpu())
+                small = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+                features.append(trunk(small).cpu())
                 logits.append(net(x)[0].cpu())
             buffer = io.BytesIO()
             np.savez(buffer, features=torch.cat(features).numpy(), logits=torch.cat(logits).numpy())
@@ -1060,8 +1065,7 @@ def main(argv=None):
         sys.exit(f"--out {args.out} must be the name of a {'PNG' if args.run is grid else 'Markdown'} file to write.")
     if args.run is not generate and os.environ.get("WORLD_SIZE", "1") != "1":
         sys.exit(f"{args.run.__name__} runs in one process: start it with python, not with torchrun.")
-    least = dict(rows=1, batch_size=1, seed=0, steps=1, guidance=0)
-    check_flags(args, **{flag: bound for flag, bound in least.items() if getattr(args, flag, None) is not None})
+    check_flags(args, rows=1, batch_size=1, seed=0, steps=1, guidance=0)
     try:
         args.run(args)
     except torch.OutOfMemoryError as error:

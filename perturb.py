@@ -277,10 +277,12 @@ def stop_if_bad(path, bad):
 
 
 def check_flags(args, above_0=(), **least):
-    """Stops unless each of these flags is a finite number, above 0 or of at least its bound."""
+    """Stops unless each of these flags is a finite number, above 0 or of at least its bound. A flag that the command
+    does not have, or that was not given and has no default, is passed over."""
     for flag, bound in (dict.fromkeys(above_0) | least).items():
-        value = getattr(args, flag)
-        if not (value > 0 if bound is None else value >= bound) or value == math.inf:
+        value = getattr(args, flag, None)
+        enough = value is None or (value > 0 if bound is None else value >= bound)
+        if not enough or value == math.inf:
             wanted = "more than 0" if bound is None else f"{bound} or more"
             sys.exit(f"--{flag.replace('_', '-')} must be {wanted}, not {value}.")
 
@@ -384,7 +386,7 @@ def check_args(args):
             setattr(args, flag, default)
         elif flag in (REMOVAL if rewriting else REWRITING):
             sys.exit(f"--{flag.replace('_', '-')} does not go with --strategy {args.strategy}.")
-    check_flags(args, variants=1, batch_size=1, attempts=1, **{} if args.limit is None else dict(limit=1))
+    check_flags(args, variants=1, batch_size=1, attempts=1, limit=1)
     if not 0 < args.low <= args.high < 1:
         sys.exit(f"--low and --high must satisfy 0 < low <= high < 1, not {args.low} and {args.high}.")
     if os.path.isdir(args.out):

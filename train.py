@@ -689,9 +689,8 @@ def parse(argv):
     for key, value in (defaults | EXPERIMENTS[rows[0]]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    least = dict(updates=1, warmup=0, batch_size=1, micro_batch=1, save_every=1, seed=0, lora_rank=0)
-    least |= {} if args.preview is None else dict(preview=1)
-    check_flags(args, above_0=("lr",) if args.objective == "sft" else ("beta", "lr"), **least)
+    check_flags(args, above_0=("beta", "lr"), updates=1, warmup=0, batch_size=1, micro_batch=1, save_every=1, seed=0,
+                lora_rank=0, preview=1)
     if args.fsdp and (args.lora_rank or args.winner or args.preview or args.compile):
         sys.exit("--fsdp is for all weights (--lora-rank 0), without --winner, --loser, --preview and --compile.")
     return args
