@@ -50,6 +50,6 @@ def pairs(sd, prompts, tmp_path_factory):
 
 
 def read_folder(folder):
-    """{relative path: bytes} of all files in a folder."""
-    files = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    """{relative path: bytes} of all files in a folder, but for the lock."""
+    files = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if name != ".lock"]
     return {os.path.relpath(f, folder): open(f, "rb").read() for f in files}

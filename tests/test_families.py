@@ -14,6 +14,7 @@ import build_pairs
 import evaluate
 import models
 import plots
+import runs
 import train
 
 FAMILIES = ["sd", "sd2", "sdxl", "sana", "sd3"]
@@ -34,7 +35,7 @@ def run(model, pairs, out, *flags):
 
 
 def newest(out):
-    return torch.load(train.checkpoints(str(out))[0], weights_only=True)["net"]
+    return torch.load(runs.checkpoints(str(out))[0], weights_only=True)["net"]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

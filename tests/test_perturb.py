@@ -1,6 +1,5 @@
 """perturb.py: 40 to 70 % of the words go, or a chat model rewrites them; the same everywhere, and bad input is named."""
 
-import csv
 import hashlib
 import json
 import os
@@ -20,9 +19,14 @@ import tokenizers
 import torch
 import transformers
 
-import models  # noqa: F401  imported once, not in every forked process
+import common
 import perturb
+from common import UserError
 from perturb import read_answer, remove_words
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
 def words(n):
@@ -86,7 +90,7 @@ def test_the_file_is_the_same_in_two_processes(tmp_path):
     for out, hash_seed in (("a.jsonl", "1"), ("b.jsonl", "2")):
         assert run(tmp_path / "p.txt", tmp_path / out, "--variants", 3, PYTHONHASHSEED=hash_seed).returncode == 0
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    rows = [json.loads(line) for line in open(tmp_path / "a.jsonl")]
+    rows = rows_of(tmp_path / "a.jsonl")
     assert len(rows) == 150 and len({row["id"] for row in rows}) == 150
     assert all(row["c"] != row["c_minus"] and is_subsequence(row["c_minus"].split(), row["c"].split()) for row in rows)
     assert len({row["c_minus"] for row in rows}) > 140
@@ -95,7 +99,7 @@ def test_the_file_is_the_same_in_two_processes(tmp_path):
 def test_short_prompts_are_left_out_and_named_and_repeated_variants_dropped(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("two words\n\nhorse\none more here\n")
     perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--variants", "9"])
-    rows = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
+    rows = rows_of(tmp_path / "out.jsonl")
     assert {row["c_minus"] for row in rows if row["c"] == "two words"} == {"two", "words"}
     assert len(rows) == 5 and len({row["id"] for row in rows}) == 5
     perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--variants", "2"])
@@ -107,7 +111,7 @@ def test_jsonl_keeps_ids_and_non_latin_text(tmp_path):
     text = '{"id": 7, "prompt": "ein großer roter Bär"}\n\n{"prompt": "красный круг слева"}\n'
     (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
     perturb.main([str(tmp_path / "p.jsonl"), str(tmp_path / "new" / "out.jsonl")])
-    rows = [json.loads(line) for line in open(tmp_path / "new" / "out.jsonl", encoding="utf-8")]
+    rows = rows_of(tmp_path / "new" / "out.jsonl")
     assert [row["id"] for row in rows] == ["7", "000003"]
     assert "großer" in open(tmp_path / "new" / "out.jsonl", encoding="utf-8").read()
 
@@ -129,14 +133,16 @@ def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["none.txt", "out.jsonl"], "no file none.txt"),
     (["p.txt", "p.txt"], "the file of prompts itself"),
-    (["p.txt", "out.jsonl", "--variants", "0"], "--variants must be 1 or more, not 0"),
+    (["p.csv", "out.jsonl"], "p.csv: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl file: "),
+    (["p.JSONL", "out.jsonl"], "p.JSONL: the prompts must be"), (["p.json", "out.jsonl"], "p.json: the prompts must be"),
     (["p.txt", "out.jsonl", "--low", "0.8"], "--low and --high"), (["p.txt", "out.jsonl", "--high", "1"], "--low and --high"),
-    (["p.txt", "."], ". is a folder"), (["p.txt", "p.txt/out.jsonl"], "cannot write p.txt/out.jsonl: "),
+    (["p.txt", "."], ". is a folder"), (["p.txt", "p.txt/out.jsonl"], "cannot read or write: .*p.txt"),
     (["short.txt", "out.jsonl"], "no prompt of two words or more"),
 ])
 def test_mistakes_end_in_one_sentence(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.txt").write_text("a prompt of words\n")
+    for name in ("p.txt", "p.csv", "p.JSONL", "p.json"):
+        (tmp_path / name).write_text("a prompt of words\n")
     (tmp_path / "short.txt").write_text("word\n")
     with pytest.raises(SystemExit, match=message):
         perturb.main(arguments)
@@ -146,18 +152,8 @@ def test_mistakes_end_in_one_sentence(arguments, message, tmp_path, monkeypatch)
 # ---- sources and samples
 
 
-def rows_of(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
-
-
 def write_table(path, prompts, **more):
     pyarrow.parquet.write_table(pyarrow.table(more | dict(prompt=prompts)), path, row_group_size=2)
-
-
-def test_importing_it_takes_nothing_but_tqdm():
-    code = "import sys, perturb; print({'torch', 'transformers', 'pyarrow', 'huggingface_hub', 'numpy'} & set(sys.modules))"
-    folder = os.path.dirname(os.path.abspath(perturb.__file__))
-    assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout == "set()\n"
 
 
 PROMPTS = ["a red fox", "ein großer, roter Bär", 'a sign: "no"', "", "horse", "a red fox", "two old boats"]
@@ -166,37 +162,26 @@ KEPT = [1, 2, 3, 7]  # the others have fewer than two words, or came before
 
 def test_every_kind_of_source_gives_the_same_prompts_and_counts_what_it_leaves_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for folder in ("diffusiondb", "owner", "empty"):
-        os.makedirs(f"hub [0]/{folder}/data")
     open("p.txt", "w", encoding="utf-8").write("\n".join(PROMPTS))
-    open("p.jsonl", "w").write("\n".join(json.dumps(dict(text=c, id=f"n{i}")) for i, c in enumerate(PROMPTS, 1)))
-    with open("p.csv", "w", encoding="utf-8-sig", newline="") as file:  # \r\n, and line breaks within cells
-        csv.writer(file).writerows([["id", "n", "text"], *[[f"n{i}", i, c + " \n"] for i, c in enumerate(PROMPTS, 1)]])
+    open("p.jsonl", "w").write("\n".join(json.dumps(dict(prompt=c, id=f"n{i}")) for i, c in enumerate(PROMPTS, 1)))
     write_table("p.parquet", pyarrow.array([c or None for c in PROMPTS], pyarrow.large_string()), seed=range(7))
-    write_table("hub [0]/diffusiondb/metadata.parquet", PROMPTS)
-    write_table("hub [0]/diffusiondb/metadata-large.parquet", ["not this one"])
-    write_table("hub [0]/owner/data/b.parquet", PROMPTS[4:], id=[5, 6, 7])
-    write_table("hub [0]/owner/data/a.parquet", PROMPTS[:4], id=[1, 2, 3, 4])
+    write_table("metadata.parquet", PROMPTS)
     asked = []
 
-    def snapshot_download(repo, **how):
-        asked.append((repo, how))
-        return f"hub [0]/{repo.split('/')[0].replace('poloclub', 'diffusiondb')}"
+    def hf_hub_download(repo, file, **how):
+        asked.append((repo, file, how))
+        return "metadata.parquet"
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    for source, flags, ids in (("p.txt", [], "{:06d}"), ("p.jsonl", ["--column", "text"], "n{}"), ("p.csv", ["--column", "text"], "n{}"),
-                               ("p.parquet", [], "{:06d}"), ("diffusiondb", [], "{:06d}"), ("owner/name", [], None)):
-        perturb.main([source, "out.jsonl", *flags])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    for source, ids in (("p.txt", "{:06d}"), ("p.jsonl", "n{}"), ("p.parquet", "{:06d}"), ("diffusiondb", "{:06d}")):
+        perturb.main([source, "out.jsonl"])
         rows, said = rows_of("out.jsonl"), capsys.readouterr().out
         assert [row["c"] for row in rows] == [PROMPTS[i - 1] for i in KEPT]
-        assert [row["id"] for row in rows] == ([ids.format(i) for i in KEPT] if ids else ["0-1", "0-2", "0-3", "1-7"])
-        where = dict(csv=("9, 11", "13")).get(source[2:], ("4, 5", "6")) if ids else ("a.parquet:4, b.parquet:1", "b.parquet:2")
-        assert f"left out 2 prompts of fewer than two words, in lines {where[0]}\n" in said
-        assert f"left out 1 prompts that came before, in lines {where[1]}\n" in said
-    assert asked == [("poloclub/diffusiondb", dict(repo_type="dataset", allow_patterns="metadata.parquet")),
-                     ("owner/name", dict(repo_type="dataset", allow_patterns="*.parquet"))]
-    with pytest.raises(SystemExit, match=r"\*.parquet of the dataset empty/one cannot be had \(it has none\)"):
-        perturb.main(["empty/one", "out.jsonl"])
+        assert [row["id"] for row in rows] == [ids.format(i) for i in KEPT]
+        assert all(row["strategy"] == "random-removal" and row["perturb_seed"] == 0 for row in rows)
+        assert "left out 2 prompts of fewer than two words, in lines 4, 5\n" in said
+        assert "left out 1 prompts that are repeated, in lines 6\n" in said
+    assert asked == [("poloclub/diffusiondb", "metadata.parquet", dict(repo_type="dataset"))]
 
 
 def write(path, content):
@@ -204,13 +189,7 @@ def write(path, content):
 
 
 @pytest.mark.parametrize("name, make, message", [
-    ("p.csv", lambda p: write(p, b"id,text\n1,a b\n"), "p.csv has no column prompt; it has id, text"),
-    ("p.csv", lambda p: write(p, b""), "p.csv has no column prompt; it has none"),
-    ("p.csv", lambda p: write(p, b"prompt,n\na b,1\na, b,2\nc d\n\ne f,3\n"), r"^p.csv:3: not a row .*'a', ' b', '2'.*\np.csv:4: .*'c d'.*\n2 bad lines"),
-    ("p.csv", lambda p: write(p, b"n,prompt\n1,a b\n2,c \xff d\n"), r"^p.csv:3: not UTF-8\n1 bad"),
-    ("p.csv", lambda p: write(p, b"id,prompt\n1,a b\n1,c d\n"), "^p.csv:3: the id 1 is already that of line 2"),
-    ("p.csv", lambda p: write(p, b'prompt\n"a b\n'), "p.csv:2: not CSV: "),
-    ("p.jsonl", lambda p: write(p, b"[" * 100_000 + b'\n{"prompt": ' + b"1" * 5000 + b"}\n"), r"^p.jsonl:1: not a JSON object(.|\n)*\np.jsonl:2: not a JSON object"),
+    ("p.jsonl", lambda p: write(p, b"[" * 100_000 + b'\n{"prompt": ' + b"1" * 5000 + b"}\n"), r"^p.jsonl:1: not a row with texts prompt(.|\n)*\np.jsonl:2: not a row with texts prompt"),
     ("p.parquet", lambda p: write_table(p, [1, 2]), "^p.parquet:1: not a row with texts prompt: {'prompt': 1}\n.*:2: "),
     ("p.parquet", lambda p: write_table(p, ["a b", "c d"], id=["x", "x"]), "^p.parquet:2: the id x is already that of line 1"),
     ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), "p.parquet has no column prompt; it has n, text"),
@@ -225,13 +204,11 @@ def test_bad_tables_are_named_by_file_and_row(name, make, message, tmp_path, mon
     assert os.listdir() == [name]
 
 
-@pytest.mark.parametrize("source, file", [("diffusiondb", "metadata.parquet"), ("owner/name", "*.parquet")])
-def test_without_network_it_says_which_file_to_fetch_and_how_to_give_it(source, file, tmp_path):
+def test_without_network_it_says_which_file_to_fetch_and_how_to_give_it(tmp_path):
     with pytest.raises(SystemExit) as stop:
-        perturb.main([source, str(tmp_path / "out.jsonl")])
-    repo = source.replace("diffusiondb", "poloclub/diffusiondb")
-    assert f"{file} of the dataset {repo} cannot be had" in stop.value.code and "\n" not in stop.value.code
-    assert f"https://huggingface.co/datasets/{repo}/tree/main and give its path instead of {source}" in stop.value.code
+        perturb.main(["diffusiondb", str(tmp_path / "out.jsonl")])
+    assert "metadata.parquet of the dataset poloclub/diffusiondb cannot be fetched" in stop.value.code and "\n" not in stop.value.code
+    assert "https://huggingface.co/datasets/poloclub/diffusiondb/tree/main and give its path instead of diffusiondb" in stop.value.code
 
 
 def test_a_sample_is_those_of_smallest_hash_whatever_else_stands_in_the_file_and_in_any_order(tmp_path):
@@ -261,7 +238,7 @@ def test_the_numbers_of_different_and_of_taken_prompts_are_reported(tmp_path, ca
     (tmp_path / "p.txt").write_text("".join(f"prompt {i % 30}\n" for i in range(100)))
     perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--limit", "7"])
     said = capsys.readouterr().out
-    assert "left out 70 prompts that came before, in lines 31, 32, " in said and ", 40, ...\n" in said
+    assert "left out 70 prompts that are repeated, in lines 31, 32, " in said and ", 40, ...\n" in said
     assert "took 7 of 30 different prompts\n" in said and "7 pairs of prompts" in said
 
 
@@ -378,10 +355,10 @@ def in_children(*functions):
 def test_rewritten_prompts_and_rejected_ones_together_are_all_prompts(llm, capsys):
     llm("out.jsonl", "--limit", "15")
     good, rejected = rows_of("out.jsonl"), rows_of("out.jsonl.rejected.jsonl")
-    assert all(list(row) == ["id", "c", "c_minus", "strategy", "seed", "llm"] and row["llm"] == "tiny" for row in good)
+    assert all(list(row) == ["id", "c", "c_minus", "strategy", "perturb_seed", "llm"] and row["llm"] == "tiny" for row in good)
     assert all(list(row)[:4] == ["id", "c", "answer", "reason"] and row["answer"] == "no" for row in rejected)
     assert len(good) + len(rejected) == 15 and len(rejected) >= 1
-    assert f"rejected {len(rejected)} prompts, after 2 answers of no use: out.jsonl.rejected.jsonl\n" in capsys.readouterr().out
+    assert f"rejected {len(rejected)} prompts, after 2 unusable answers to each: out.jsonl.rejected.jsonl\n" in capsys.readouterr().out
     ids = [row["id"] for row in good + rejected]
     assert len(set(ids)) == 15 and all(row["id"] == f"{int(row['c'].split()[1]) + 1:06d}" for row in good + rejected)
     assert [row["id"] for row in good] == sorted(row["id"] for row in good)
@@ -409,16 +386,16 @@ def as_torchrun(world, function):
 
 def test_three_processes_write_what_one_writes(llm):
     def process(rank):
-        real = perturb.write_text
+        real = perturb.write_file
         mine = [f"three.jsonl.parts/part-{k:05d}.jsonl" for k in range(rank, 7, 3)]
         own = ["three.jsonl", "three.jsonl.rejected.jsonl", "three.jsonl.parts/settings.json"] if rank == 0 else []
 
-        def write_text(path, text):
+        def write_file(path, text):
             assert path in mine + own
             time.sleep(0.1 * rank)  # the first one has to wait for the others
             real(path, text)
 
-        perturb.write_text = write_text
+        perturb.write_file = write_file
         perturb.main(["p.txt", "three.jsonl", "--strategy", "llama-aesthetic", "--llm", "tiny", "--attempts", "2"])
 
     codes, said = in_children(*as_torchrun(3, process))
@@ -484,7 +461,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_stays(llm):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         llm("out.jsonl")
 
-    for size, said in ((100, "cannot write out.jsonl.parts/"), (len(expected[0]) - 1, "cannot write out.jsonl: File too large.")):
+    for size, said in ((100, "cannot read or write: [Errno 27] File too large: 'out.jsonl.parts/"), (len(expected[0]) - 1, "cannot read or write: [Errno 27] File too large: 'out.jsonl'")):
         codes, output = in_children(lambda size=size: limited(size))
         assert codes == [1] and said in output and "Traceback" not in output
     assert len([name for name in os.listdir("out.jsonl.parts") if name.endswith(".jsonl")]) == 7
@@ -493,20 +470,20 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_stays(llm):
 
 def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
     def stopped():
-        write_text = perturb.write_text
-        perturb.write_text = lambda path, text: os._exit(9) if path.endswith("part-00002.jsonl") else write_text(path, text)
+        write_file = perturb.write_file
+        perturb.write_file = lambda path, text: os._exit(9) if path.endswith("part-00002.jsonl") else write_file(path, text)
         llm("out.jsonl")
 
     assert in_children(stopped)[0] == [9]
-    before = sorted(os.listdir("out.jsonl.parts"))
-    for flags, said in ((["--seed", "1"], "seed 0, not 1"), (["--llm", "other"], "llm tiny, not other"), (["--limit", "19"], "prompts "),
+    before = sorted(set(os.listdir("out.jsonl.parts")) - {".lock"})
+    for flags, said in ((["--seed", "1"], "perturb_seed 0, not 1"), (["--llm", "other"], "llm tiny, not other"), (["--limit", "19"], "prompts "),
                         (["--batch-size", "65"], "batch_size 64, not 65"), (["--attempts", "3"], "attempts 2, not 3"),
                         (["--strategy", "llama-alignment"], "strategy llama-aesthetic, not llama-alignment")):
         with pytest.raises(SystemExit, match=f"out.jsonl.parts was begun with {said}"):
             llm("out.jsonl", *flags)
-    with perturb.locked("out.jsonl.parts"), pytest.raises(SystemExit, match="another process is writing into out.jsonl.parts"):
+    with common.holding("out.jsonl.parts"), pytest.raises(SystemExit, match="another process is writing into out.jsonl.parts"):
         llm("out.jsonl")
-    assert sorted(os.listdir("out.jsonl.parts")) == before and len(before) == 3
+    assert sorted(set(os.listdir("out.jsonl.parts")) - {".lock"}) == before and len(before) == 3
     assert llm("out.jsonl") == llm("expected.jsonl")
     with pytest.raises(SystemExit, match="out.jsonl is there already"):
         llm("out.jsonl")
@@ -520,17 +497,18 @@ def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
     (["--llm", "x"], "--llm does not go with --strategy random-removal"), (["--attempts", "3"], "--attempts does not"),
     (["--batch-size", "1"], "--batch-size does not"), (["--strategy", "llama-alignment", "--low", "0.4"], "--low does not go with --strategy llama-al"),
     (["--strategy", "llama-aesthetic", "--high", "0.7"], "--high does not"), (["--strategy", "llama-aesthetic", "--variants", "1"], "--variants does not"),
-    (["--column", "prompt"], "--column does not go with p.txt"), (["--limit", "0"], "--limit must be 1 or more"),
-    (["--strategy", "llama-aesthetic", "--attempts", "0"], "--attempts must be 1 or more"),
-    (["--strategy", "llama-aesthetic", "--batch-size", "0"], "--batch-size must be 1 or more"),
+    (["--variants", "0"], "--variants: must be 1 or more, not 0"), (["--limit", "0"], "--limit: must be 1 or more"),
+    (["--strategy", "llama-aesthetic", "--attempts", "0"], "--attempts: must be 1 or more"),
+    (["--strategy", "llama-aesthetic", "--batch-size", "0"], "--batch-size: must be 1 or more"),
     (["--strategy", "llama-aesthetic", "--llm", "none"], "--llm none is no folder or hub id"),
     (["--strategy", "llama-aesthetic", "--llm", "."], "--llm . is no folder or hub id"),
 ])
-def test_flags_that_cannot_apply_are_named(flags, message, tmp_path, monkeypatch):
+def test_flags_that_cannot_apply_are_named(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a prompt of words\n")
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit) as stop:
         perturb.main(["p.txt", "out.jsonl", *flags])
+    assert message in f"{stop.value} {capsys.readouterr().err}"
     assert not os.path.exists("out.jsonl")
 
 
@@ -558,7 +536,7 @@ def test_the_nonsense_of_a_random_llama_is_all_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_llama("llama", TEMPLATE)
     (tmp_path / "p.txt").write_text("a red fox\n\nhorse\n")
-    with pytest.raises(SystemExit, match="^llama gave no answer of use; out.jsonl was not written.$"):
+    with pytest.raises(SystemExit, match="^llama gave no usable answer; out.jsonl was not written.$"):
         perturb.main(["p.txt", "out.jsonl", "--strategy", "llama-alignment", "--llm", "llama", "--attempts", "1"])
     assert [(row["id"], row["c"], row["reason"]) for row in rows_of("out.jsonl.rejected.jsonl")] == [
         ("000001", "a red fox", "not JSON"), ("000003", "horse", "not JSON")]
@@ -605,7 +583,7 @@ def test_no_code_and_no_pickle_of_a_chat_model_is_run(tmp_path, monkeypatch):
     open("llama/evil.py", "w").write(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n")
     perturb.load_llm("llama", "", 1, torch.device("cpu"))
     os.rename("llama/model.safetensors", "llama/pytorch_model.bin")
-    with pytest.raises(SystemExit, match="--llm llama is no folder or hub id .* safetensors only"):
+    with pytest.raises(UserError, match="--llm llama is no folder or hub id .*safetensors only"):
         perturb.load_llm("llama", "", 1, torch.device("cpu"))
     assert not os.path.exists("executed")
 
@@ -618,6 +596,6 @@ def test_two_processes_with_a_real_llama_write_what_one_writes(tmp_path, monkeyp
     flags = ["--strategy", "llama-alignment", "--llm", "llama", "--attempts", "1"]
     for out, world in (("one.jsonl", 1), ("two.jsonl", 2)):
         codes, said = in_children(*as_torchrun(world, lambda rank, out=out: perturb.main(["p.txt", out, *flags])))
-        assert codes[0] == 1 and said.count(f"llama gave no answer of use; {out} was not written.") == 1, said
+        assert codes[0] == 1 and said.count(f"llama gave no usable answer; {out} was not written.") == 1, said
     one, two = (open(f"{out}.jsonl.rejected.jsonl", "rb").read() for out in ("one", "two"))
     assert one == two and one.count(b"\n") == 3

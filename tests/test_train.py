@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,12 @@ from safetensors.torch import load_file
 
 import build_pairs
 import models
+import plots
+import runs
 import train
-from build_pairs import PairStore
+from common import UserError, checksum
+from experiments import EXPERIMENTS, find_row
+from pairs import PairStore
 
 FLAGS = ["--batch-size", "4", "--warmup", "2", "--lr", "1e-4", "--beta", "500", "--save-every", "2"]
 
@@ -278,16 +283,16 @@ def test_an_overflow_is_done_again_with_a_smaller_scale_and_is_no_update(sd, pai
     monkeypatch.setattr(train, "FIRST_SCALE", 2.0**30)
     weights = run(sd, pairs, tmp_path / "b", "--updates", 3, "--precision", "fp16")
     skipped = read_log(tmp_path / "b")
-    assert log[0]["skipped"] == 0 and log[0]["loss_scale"] == 2.0**5
-    assert skipped[0]["skipped"] >= 5 and skipped[0]["loss_scale"] == 2.0**30 / 2 ** skipped[0]["skipped"]
-    assert "update 1 overflowed and is done again" in capsys.readouterr().err
+    times = capsys.readouterr().err.count("update 1 overflowed and is done again with loss scale ")
+    assert log[0]["loss_scale"] == 2.0**5
+    assert times >= 5 and skipped[0]["loss_scale"] == 2.0**30 / 2 ** times
     assert [row["update"] for row in skipped] == [1, 2, 3]
     assert all(a[k] == b[k] for a, b in zip(log[:1], skipped) for k in ("pairs_by_t", "lr", "loss", "accuracy"))
     assert [row["pairs_by_t"] for row in skipped] == [row["pairs_by_t"] for row in log]
     assert same(weights, expected, atol=5e-5, outliers=20_000)  # rounding is another at another scale
-    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**5)  # a stop keeps the scale and the count
+    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**5)  # a stop keeps the scale
     run(sd, pairs, tmp_path / "b", "--updates", 4, "--precision", "fp16")
-    assert [read_log(tmp_path / "b")[3][k] for k in ("skipped", "loss_scale")] == [skipped[2][k] for k in ("skipped", "loss_scale")]
+    assert read_log(tmp_path / "b")[3]["loss_scale"] == skipped[2]["loss_scale"]
 
 
 def test_the_scale_grows_again(sd, pairs, tmp_path, monkeypatch):
@@ -300,20 +305,6 @@ def test_the_scale_grows_again(sd, pairs, tmp_path, monkeypatch):
 def test_checkpointing_changes_no_weight(rank, sd, pairs, straight, tmp_path):
     expected = run(sd, pairs, tmp_path / "a", "--updates", 3, "--lora-rank", rank)
     assert same(run(sd, pairs, tmp_path / "b", "--updates", 3, "--lora-rank", rank, "--checkpointing"), expected)
-
-
-@pytest.mark.slow
-def test_compile_gives_the_same_gradient_or_stops(sd, pairs, tmp_path, monkeypatch):
-    """torch 2.13's CPU compiler loses the gradient of a U-Net's downsampling; aot_eager, its first half, does not."""
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile_(net, backend="aot_eager"))
-    expected = run(sd, pairs, tmp_path / "a", "--updates", 2)
-    assert same(run(sd, pairs, tmp_path / "b", "--updates", 2, "--compile"), expected, atol=1e-6, outliers=50)
-    real = train.gradient_norms
-    calls = []
-    monkeypatch.setattr(train, "gradient_norms", lambda *a: real(*a) * (1.3 if calls.append(1) or len(calls) == 2 else 1))
-    with pytest.raises(SystemExit, match="--compile gives another gradient for .* of 208 parameters"):
-        run(sd, pairs, tmp_path / "c", "--updates", 2, "--compile")
 
 
 # ---- the log
@@ -356,12 +347,15 @@ def test_the_two_objectives_differ(sd, pairs, straight, tmp_path):
     assert not same(run(sd, pairs, tmp_path, "--updates", 6, objective="diffusion-dpo"), straight[1], atol=1e-5)
 
 
-def test_a_finished_run_is_left_alone(sd, pairs, straight, capsys):
-    before = read_folder(straight[0])
-    times = {name: os.stat(os.path.join(straight[0], name)).st_mtime_ns for name in before}
-    run(sd, pairs, straight[0], "--updates", 6)
-    assert "finished after 6 updates; nothing was done" in capsys.readouterr().out
-    assert {name: os.stat(os.path.join(straight[0], name)).st_mtime_ns for name in before} == times
+def test_a_finished_run_gives_the_same_result_and_picture_again(sd, pairs, straight, tmp_path):
+    out = shutil.copytree(straight[0], tmp_path / "run")
+    before = {name: content for name, content in read_folder(out).items()}
+    os.remove(out / "curves.png")
+    run(sd, pairs, out, "--updates", 6)
+    after = read_folder(out)
+    assert after.keys() == before.keys()
+    different = {name for name in after if after[name] != before[name]}
+    assert different <= {os.path.join("pipeline", "training.json")}  # it names the folder
 
 
 def test_the_newest_readable_checkpoint_is_taken(sd, pairs, straight, tmp_path, capsys):
@@ -380,24 +374,35 @@ def test_the_newest_readable_checkpoint_is_taken(sd, pairs, straight, tmp_path, 
         shutil.rmtree(tmp_path / "run" / "pipeline")
 
 
+def test_a_checkpoint_without_a_weight_or_of_something_else_is_damaged(sd, pairs, straight, tmp_path, capsys):
+    shutil.copytree(straight[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-000006.pt"
+    whole = torch.load(path, weights_only=True)
+    less = whole | dict(net={name: x for name, x in whole["net"].items() if name != "conv_in.bias"})
+    for content, said in ((less, r"it lacks the weights \['conv_in.bias'\]"), (whole["net"], "it is another torch file"),
+                          (torch.zeros(3), "it is another torch file")):
+        torch.save(content, path)
+        assert same(run(sd, pairs, tmp_path / "run", "--updates", 6), straight[1])
+        assert re.search(f"checkpoint-000006.pt is damaged .{said}", capsys.readouterr().err)
+
+
 def test_a_result_without_its_checkpoint_is_not_replaced(sd, pairs, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     for name in ("checkpoint-000004.pt", "checkpoint-000006.pt"):
         os.remove(tmp_path / "run" / name)
     before = read_folder(tmp_path / "run")
-    with pytest.raises(SystemExit, match="would be replaced. Give another --out"):
+    with pytest.raises(SystemExit, match="pipeline is a result without a checkpoint, and would be replaced: give another --out"):
         run(sd, pairs, tmp_path / "run", "--updates", 7)
     assert read_folder(tmp_path / "run") == before
 
 
 def test_the_log_is_cut_to_the_checkpoint_whatever_became_of_it(tmp_path):
-    args = type("args", (), dict(out=str(tmp_path)))
     rows = [json.dumps(dict(update=u)) + "\n" for u in (3, 4, 5, 6)]
     (tmp_path / "log.jsonl").write_text("".join(rows) + '{"upda')
-    train.open_log(args, 5).close()
+    runs.open_log(str(tmp_path), 5, dict(update=0), False)[0].close()
     assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:3])
-    train.open_log(args, 0).close()
-    assert (tmp_path / "log.jsonl").read_text() == ""
+    runs.open_log(str(tmp_path), 0, dict(update=0), False)[0].close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"update": 0}\n'
 
 
 def command(sd, pairs, out, *flags, processes=1):
@@ -475,11 +480,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(sd, pairs, 
     assert [f for f in os.listdir(tmp_path) if f.endswith("pt")] == ["checkpoint-000002.pt"]
 
 
-@pytest.mark.parametrize("logit", [0.1, -0.1, math.nan])
+@pytest.mark.parametrize("logit", [0.12, -0.12, math.nan])
 def test_a_student_that_is_not_the_reference_is_noticed_at_the_start(logit):
-    train.check_start(dict(logit=torch.tensor([0.0, 0.04])))
-    with pytest.raises(SystemExit, match="before the first update"):
-        train.check_start(dict(logit=torch.tensor([0.0, logit])))
+    def check(second, floor=0.0):
+        columns = dict(loss=np.zeros(2), logit=np.array([0.0, second]))
+        train.check_update(argparse.Namespace(out=""), None, 0, [], columns, 1.0, floor, None)
+
+    check(0.08)  # the mean over the pairs counts, for a pair alone may differ by its kernels
+    check(0.4, floor=0.05)  # and it is judged against what rounding explains
+    with pytest.raises(UserError, match="before the first update"):
+        check(logit)
 
 
 def test_the_start_is_checked_in_a_run(sd, pairs, tmp_path, monkeypatch):
@@ -523,7 +533,7 @@ def test_a_run_is_not_continued_with_other_pairs(sd, pairs, straight, tmp_path):
             change = dict(checksums=["other"] * 4)
         else:
             table.write_text(table.read_text().replace("fox", "wolf"))
-            change = dict(table=build_pairs.checksum(table))
+            change = dict(table=checksum(table))
         (tmp_path / "store" / "meta.json").write_text(json.dumps(meta | change))
         with pytest.raises(SystemExit, match="begun with store"):
             run(sd, str(tmp_path / "store"), straight[0], "--updates", 6)
@@ -538,7 +548,7 @@ def test_latents_of_another_size_are_refused(sd, pairs, tmp_path):
 
 
 def test_negatives_need_ddspo_and_a_second_prompt(sd, prompts, tmp_path):
-    with pytest.raises(SystemExit, match="--negatives not-paired is a variant of Eq. 7"):
+    with pytest.raises(UserError, match="--negatives not-paired is a variant of Eq. 7"):
         train.parse(["--model", "sd14", "--objective", "diffusion-dpo", "--negatives", "not-paired"])
     (tmp_path / "one.jsonl").write_text(open(prompts).readline())
     build_pairs.main(["--model", sd, "--prompts", str(tmp_path / "one.jsonl"), "--out", str(tmp_path / "store"), "--steps", "1"])
@@ -547,24 +557,25 @@ def test_negatives_need_ddspo_and_a_second_prompt(sd, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--beta", "0"], "--beta must be more than 0, not 0.0"), (["--lr", "nan"], "--lr must be more than 0, not nan"),
-    (["--batch-size", "0"], "--batch-size must be 1 or more"), (["--warmup", "-1"], "--warmup must be 0 or more"),
-    (["--beta", "inf"], "--beta must be more than 0, not inf"),
+    (["--beta", "0"], "--beta: must be more than 0, not 0"), (["--lr", "nan"], "--lr: must be more than 0, not nan"),
+    (["--batch-size", "0"], "--batch-size: must be 1 or more"), (["--warmup", "-1"], "--warmup: must be 0 or more"),
+    (["--beta", "inf"], "--beta: must be more than 0, not inf"),
 ])
-def test_flags_out_of_range_are_named(flags, message):
-    with pytest.raises(SystemExit, match=message):
+def test_flags_out_of_range_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
         train.parse(["--model", "sd14", *flags])
+    assert message in capsys.readouterr().err
 
 
-def test_the_short_command_is_the_papers_experiment():
+def test_the_short_command_is_the_papers_experiment(sd):
     args = train.parse(["--model", "sd14"])
     assert (args.objective, args.beta, args.batch_size, args.lr, args.updates) == ("ddspo", 16000, 2048, 5.12e-6, 100)
     assert (args.pairs, args.out, args.micro_batch, args.lora_rank) == ("pairs/sd14", "runs/sd14-ddspo", 2, 0)
     args = train.parse(["--model", "shapes"])
-    assert (args.beta, args.lr, args.batch_size, args.pairs, args.out) == (1000, 3e-5, 64, "runs/shapes-0/pairs", "runs/shapes-ddspo")
+    assert (args.batch_size, args.pairs, args.out) == (64, "pairs/shapes", "runs/shapes-ddspo")
     assert train.parse(["--model", "sd14", "--negatives", "not-paired"]).out == "runs/sd14-not-paired"
-    args = train.parse(["--model", "some/folder/", "--objective", "diffusion-dpo", "--lr", "3e-6", "--warmup", "0"])
-    assert (args.beta, args.lr, args.warmup, args.out) == (8000, 3e-6, 0, "runs/folder-diffusion-dpo")
+    args = train.parse(["--model", sd + "/", "--objective", "diffusion-dpo", "--lr", "3e-6", "--warmup", "0"])
+    assert (args.beta, args.lr, args.warmup, args.out) == (8000, 3e-6, 0, "runs/tiny-sd-diffusion-dpo")
 
 
 def test_a_folder_or_a_hub_id_takes_the_settings_of_its_family(tmp_path):
@@ -573,8 +584,7 @@ def test_a_folder_or_a_hub_id_takes_the_settings_of_its_family(tmp_path):
     for family, preset in (("sd", "sd14"), ("sd2", "sd14"), ("sdxl", "sdxl"), ("sana", "sana"), ("sd3", "sd3")):
         tiny_models.make(str(tmp_path / family), family)
         args = train.parse(["--model", str(tmp_path / family)])
-        assert args.preset == f"{preset} alignment ddspo" and args.lora_rank == (128 if family in ("sana", "sd3") else 0)
-        assert models.latents_of(str(tmp_path / family)) == (list((m := models.load(str(tmp_path / family))).latent_shape), models.latent_scale(m))
+        assert find_row(args) == (preset, "alignment", "ddspo") and args.lora_rank == (128 if family in ("sana", "sd3") else 0)
     args = train.parse(["--model", "Efficient-Large-Model/Sana_600M_1024px_diffusers"])
     assert (args.beta, args.lora_rank, args.out) == (2000, 128, "runs/Sana_600M_1024px_diffusers-ddspo")
 
@@ -584,20 +594,32 @@ def test_a_folder_or_a_hub_id_takes_the_settings_of_its_family(tmp_path):
     ("sdxl", dict(beta=16000, updates=500, warmup=100, micro_batch=1, lora_rank=0)),
     ("sdxl --task aesthetic --objective diffusion-dpo", dict(beta=5000, lr=2.048e-5, updates=2000, warmup=200)),
     ("sana", dict(beta=2000, lr=8.192e-5, updates=500, warmup=0, lora_rank=128, micro_batch=3)),
-    ("sd3 --lora-rank 0", dict(beta=2000, updates=100, lora_rank=0, preset="sd3 alignment ddspo")),
-    ("sana --objective diffusion-dpo", dict(beta=8000, lora_rank=128, preset="sd14 alignment diffusion-dpo")),  # no row: the first
-    ("sd15", dict(preset="sd15 aesthetic ddspo")),  # no row for the task: the model's other
+    ("sd3 --lora-rank 0", dict(beta=2000, updates=100, lora_rank=0, row="sd3 alignment ddspo")),
+    ("sana-1.6b", dict(beta=2000, lora_rank=128, row="sana alignment ddspo")),  # no row: its family's
+    ("sana --objective diffusion-dpo --beta 7 --lr 1e-5", dict(beta=7, lora_rank=128, updates=100, warmup=0, row=None)),
+    ("sd15", dict(row="sd15 aesthetic ddspo")),  # no row for the task: the model's other
+    ("sd14 --objective dspo", dict(beta=0.001, row="sd15 aesthetic dspo")),
     ("sd14 --objective sft --side l --lora-rank 4", dict(beta=None, lr=1e-4, updates=300, out="runs/sd14-sft-l", lora_rank=4)),
-    ("sd14 --winner a --loser b", dict(beta=8000, preset="sd14 alignment policies", out="runs/sd14-ddspo-policies")),
+    ("sd14 --winner a --loser b", dict(beta=8000, row="sd14 alignment policies", out="runs/sd14-ddspo-policies")),
     ("sd15 --objective dspo", dict(beta=0.001, lr=2.048e-5)),
 ])
 def test_each_experiment_has_its_row(flags, expected):
     args = train.parse(["--model", *flags.split()])
+    row = expected.pop("row", "not asked")
     assert {name: getattr(args, name) for name in expected} == expected
+    assert row == "not asked" or find_row(args) == (row and tuple(row.split()))
+
+
+@pytest.mark.parametrize("flags, asked", [
+    ("sana --objective diffusion-dpo", "--beta and --lr"), ("sana --objective diffusion-dpo --lr 1", "--beta"),
+    ("sd3 --objective dspo --beta 1", "--lr"), ("sana --objective sft --side w", "--lr")])
+def test_where_no_experiment_fits_beta_and_lr_are_asked_for(flags, asked):
+    with pytest.raises(UserError, match=rf"no row for {flags.split()[0]} with --objective .*: give {asked}\."):
+        train.parse(["--model", *flags.split()])
 
 
 def test_the_law_of_the_learning_rate_holds_where_it_is_said_to():
-    rows = {key: row for key, row in train.EXPERIMENTS.items() if key[0] in ("sd14", "sd15", "sdxl") and key[2] == "ddspo"}
+    rows = {key: row for key, row in EXPERIMENTS.items() if key[0] in ("sd14", "sd15", "sdxl") and key[2] == "ddspo"}
     assert len(rows) == 5 and all(row["lr"] * row["beta"] == pytest.approx(0.08192) for row in rows.values())
 
 
@@ -607,7 +629,7 @@ def test_the_law_of_the_learning_rate_holds_where_it_is_said_to():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_previews_show_the_reference_beside_the_student(rank, sd, pairs, tmp_path, monkeypatch):
     drawn, straight = {}, run(sd, pairs, tmp_path / "without", "--updates", 4, "--lora-rank", rank)
-    monkeypatch.setattr(train.plots, "draw_grid", lambda prompts, columns, path: drawn.update({path: (prompts, columns)}))
+    monkeypatch.setattr(plots, "draw_grid", lambda prompts, columns, path: drawn.update({path: (prompts, columns)}))
     assert same(run(sd, pairs, tmp_path / "run", "--updates", 4, "--preview", 2, "--lora-rank", rank), straight)  # it changes nothing
     (prompts, two), (_, four) = (drawn[str(tmp_path / "run" / f"preview-{n:06d}.png")] for n in (2, 4))
     assert len(drawn) == 2 and prompts == [f"a {x} on a hill" for x in ("red fox", "blue cup", "old boat", "green hat")]
@@ -615,8 +637,8 @@ def test_previews_show_the_reference_beside_the_student(rank, sd, pairs, tmp_pat
     assert (ref, theta) == ("reference", "student") and len(before) == len(after) == 4
     model = models.load(sd)
     x_T = torch.stack([models.initial_noise(i, model.latent_shape) for i in range(4)])
-    expected = models.sample(model, model.encode(prompts), x_T, 25, 7.5, "pil")
-    later = models.sample(models.load(str(tmp_path / "run" / ("lora" if rank else "pipeline"))), model.encode(prompts), x_T, 25, 7.5, "pil")
+    expected = models.sample(model, prompts, x_T, 25, 7.5, "pil")
+    later = models.sample(models.load(str(tmp_path / "run" / ("lora" if rank else "pipeline"))), prompts, x_T, 25, 7.5, "pil")
     pixels = [[np.asarray(image) for image in images] for images in (before, four[0][1], expected, four[1][1], later, after)]
     assert all((a == b).all() and (a == c).all() for a, b, c in zip(*pixels[:3]))  # the reference stays
     assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(pixels[3], pixels[4]))  # theta is the result
@@ -658,15 +680,15 @@ def test_quantiles_of_the_logit_are_over_all_pairs_of_the_update(sd, pairs, tmp_
 def test_the_log_says_how_fast_how_large_and_how_exact(straight):
     rows = [json.loads(line) for line in open(straight[0] / "log.jsonl")]
     assert rows[0] == dict(update=0, noise_floor=0.0, precision="fp32")
-    assert all(1 < row["pairs_per_second"] < 10000 and 0.1 < row["memory_gb"] < 10 and row["skipped"] == 0 for row in rows[1:])
+    assert all(1 < row["pairs_per_second"] < 10000 and 0.1 < row["memory_gb"] < 10 for row in rows[1:])
 
 
-def test_curves_are_drawn_at_the_end_and_again_from_a_log(straight, tmp_path, monkeypatch):
+def test_curves_show_the_numbers_of_the_log(straight, tmp_path, monkeypatch):
     assert (straight[0] / "curves.png").stat().st_size > 20_000
     shutil.copy(straight[0] / "log.jsonl", tmp_path)
     lines = {}
-    monkeypatch.setattr(train.plots, "save_figure", lambda figure, path: lines.update({ax.get_title(): ax.lines for ax in figure.axes}))
-    train.main(["--plot", str(tmp_path / "log.jsonl")])
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: lines.update({ax.get_title(): ax.lines for ax in figure.axes}))
+    plots.draw_curves(str(tmp_path / "log.jsonl"))
     log = read_log(straight[0])
     drawn = {title: [list(line.get_ydata()) for line in ls] for title, ls in lines.items()}
     assert drawn["loss"] == [[row["loss"] for row in log]]
