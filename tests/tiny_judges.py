@@ -1,4 +1,6 @@
-"""Judges of the real classes with small random weights, and short lists of prompts, for tests of evaluate.py."""
+"""Judges of the real classes with small random weights, short lists of prompts and golden cases, for tests of judges/ and
+evaluate.py.
+"""
 
 import json
 import os
@@ -151,3 +153,9 @@ def lists(folder, small=True):
     features = rng.standard_normal((50, 4))
     np.savez(os.path.join(folder, "coco/real_im256.npz"), mu=features.mean(0), sigma=np.cov(features.T))
     return dict(geneval=4 * len(rows), compbench=60 * n["compbench"], coco=n["coco"], hps=4 * n["hps"], pick=n["pick"], shapes=4)
+
+
+def golden(name):
+    """The cases of a file in tests/golden."""
+    with open(os.path.join(os.path.dirname(__file__), "golden", name)) as file:
+        return [json.loads(line) for line in file] if name.endswith(".jsonl") else json.load(file)

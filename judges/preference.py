@@ -1,0 +1,87 @@
+"""Scores by CLIP: HPSv2 and PickScore (Tables 2 and 3a), and the CLIPScore of T2I-CompBench (Tables 1 and 3).
+
+    HPSv2       4 styles of 800 prompts, an image each      100 cos, version 2.0 of the weights (Apache-2.0)
+    PickScore   1,632 PartiPrompts, an image each           the network's own scale times cos
+    CLIPScore   non_spatial and complex of CompBench        cos, CLIP B/32
+
+All are cosines of image and prompt by a CLIPModel, whose pixels are torchvision's. PickScore and CLIPScore are the
+official ones. HPSv2 differs in precision, float32 for float16; its pixels are resized without antialias, as torchvision
+did before 0.17 and so for the published tables.
+"""
+
+import html
+import json
+
+import torch.nn.functional as F
+import transformers
+
+from judges.shared import cosine, fetch_lines, fetch_text, from_hub, from_url, normalised, rename, unit
+
+STYLES = ("anime", "concept-art", "paintings", "photo")
+PROMPTS = "https://huggingface.co/datasets/zhwang/HPDv2/resolve/main/benchmark/{}.json"
+# ^ its commits could not be looked up; settings.json has a checksum of every list
+PARTI = "https://raw.githubusercontent.com/google-research/parti/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071/PartiPrompts.tsv"
+CLIP_B, CLIP_H = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICK, HPS = "yuvalkirstain/PickScore_v1", "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt"
+
+
+def items_hps(data):
+    """An image a prompt, in the folders that the official scorer reads. A group is a style."""
+    return [dict(path=f"hps/{style}/{i:05d}.jpg", prompt=prompt, group=style, index=i) for style in STYLES
+            for i, prompt in enumerate(json.loads(fetch_text(data, f"hps/{style}.json", PROMPTS.format(style))))]
+
+
+def items_pick(data):
+    """An image a prompt. The file is not read by csv, because its quotation marks are the prompts' own."""
+    return [dict(path=f"pick/images/{i:05d}.jpg", prompt=line.split("\t")[0], group="pick", index=i)
+            for i, line in enumerate(fetch_lines(data, "pick/PartiPrompts.tsv", PARTI)[1:])]
+
+
+def load_clipscore(device, data):
+    return cosine(from_hub("CLIPModel", CLIP_B, device), from_hub("AutoTokenizer", CLIP_B), 1.0)
+
+
+def load_pick(device, data):
+    net = from_hub("CLIPModel", PICK, device)
+    return cosine(net, from_hub("AutoTokenizer", CLIP_H), net.logit_scale.exp().item())
+
+
+def hps_pixels(image, size=224):
+    """HPSv2 resizes the longest side of a tensor, as torchvision before 0.17 did: without antialias; then it pads."""
+    x = unit(image)[None]
+    h, w = (round(side * size / max(image.size)) for side in x.shape[2:])
+    x = F.interpolate(x, (h, w), mode="bicubic", align_corners=False, antialias=False)
+    left, top = (size - w) // 2, (size - h) // 2
+    return normalised(F.pad(x, (left, size - w - left, top, size - h - top))[0])
+
+
+def clip_from_open_clip(state):
+    """The names of open_clip's weights -> those of CLIPModel."""
+    renames = [("token_embedding", "embeddings.token_embedding"), ("class_embedding", "embeddings.class_embedding"),
+               ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_pre", "pre_layrnorm"),
+               ("conv1", "embeddings.patch_embedding"), ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"),
+               ("transformer.resblocks", "encoder.layers"), ("attn.out_proj", "self_attn.out_proj"),
+               ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("c_fc", "fc1"), ("c_proj", "fc2")]
+    whole = dict(logit_scale=state["logit_scale"])
+    for name, x in state.items():
+        new = ("vision_model." if name.startswith("visual.") else "text_model.") + rename(
+            name.removeprefix("visual."), renames)
+        if name in ("text_projection", "visual.proj"):
+            whole[("visual" if name == "visual.proj" else "text") + "_projection.weight"] = x.T
+        elif ".in_proj_" in name:
+            for part, third in zip("qkv", x.chunk(3)):
+                whole[new.replace("attn.in_proj_", f"self_attn.{part}_proj.")] = third
+        elif name != "logit_scale":
+            whole[new] = x
+    return whole
+
+
+def load_hps(device, data):
+    net = from_url(transformers.CLIPModel, from_hub("CLIPConfig", CLIP_H), HPS,
+                   lambda checkpoint: clip_from_open_clip(checkpoint["state_dict"]), device)
+    by_cosine = cosine(net, from_hub("AutoTokenizer", CLIP_H), 100, hps_pixels)
+
+    def judge(rows, images):
+        """Twice unescaped, as open_clip's tokenizer does."""
+        return by_cosine([row | dict(prompt=html.unescape(html.unescape(row["prompt"]))) for row in rows], images)
+    return judge
