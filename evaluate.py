@@ -379,11 +379,11 @@ def grid(args):
 
 @program
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
 
     def command(run, text):
-        found = commands.add_parser(run.__name__, help=text)
+        found = commands.add_parser(run.__name__, help=text, allow_abbrev=False)
         found.set_defaults(run=run)
         return found
 

@@ -31,8 +31,8 @@ EXPERIMENTS = {
     ("sdxl",   "aesthetic", "diffusion-dpo"): dict(beta=5000,  lr=2.048e-5,  updates=2000, warmup=200),  # 2b [d]
     ("sana",   "alignment", "ddspo"):         dict(beta=2000,  lr=8.192e-5,  updates=500,  warmup=0),    # 1b [o]
     ("sd3",    "alignment", "ddspo"):         dict(beta=2000,  lr=8.192e-5,  updates=100,  warmup=0),    # [o]
-    ("shapes", "alignment", "ddspo"):         dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
-    ("shapes", "alignment", "diffusion-dpo"): dict(beta=200,   lr=3e-5,      updates=80,   warmup=0, batch_size=64),
+    ("shapes", "alignment", "ddspo"):         dict(beta=4000,  lr=1e-5,      updates=80,   warmup=0, batch_size=64),
+    ("shapes", "alignment", "diffusion-dpo"): dict(beta=4000,  lr=1e-5,      updates=80,   warmup=0, batch_size=64),
 }  # the numbers after # are the paper's tables; the last two rows: shapes.py
 FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # where a model has no row, one of its family fits
 # Pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL in full and

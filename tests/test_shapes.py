@@ -1,121 +1,36 @@
-"""shapes.py: the world against its scorer, and the experiment in small."""
+"""shapes.py and shapes_reference.py: the training from scratch, and the experiment in small."""
 
+import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import models
 import shapes
+import shapes_reference
+from judges import shapes as world
+from pairs import PairStore
+
+# ---- the training of the reference
 
 
-def worlds(count, seed=0, held_out=False):
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        prompt = shapes.make_prompt(rng, shapes.TAGS[i % 5] if not held_out else ("colors", "color attribution")[i % 2], held_out)
-        yield rng, prompt, shapes.fill(rng, prompt)
-
-
-def test_the_scorer_is_right_on_true_images_and_says_no_to_wrong_captions():
-    right, wrong, tags = 0, 0, []
-    for rng, prompt, scene in worlds(1500):
-        found = shapes.find_objects(shapes.render(scene))
-        right += shapes.verdict(found, prompt)["correct"]
-        wrong += shapes.verdict(found, shapes.corrupt(rng, prompt))["correct"]
-        tags.append(prompt["tag"])
-    assert right >= 0.995 * 1500 and wrong <= 0.005 * 1500
-    assert all(tags.count(tag) == 300 for tag in shapes.TAGS)
-
-
-def test_found_objects_are_those_that_were_drawn():
-    for _, _, scene in worlds(200, seed=1):
-        found = sorted(shapes.find_objects(shapes.render(scene)))
-        for (shape, color, x, y, _), object_ in zip(sorted(scene), found, strict=True):
-            assert object_[:2] == (shape, color)
-            assert abs(object_[2] - x) < 1.6 and abs(object_[3] - y) < 1.6
-
-
-def test_noise_on_the_pixels_does_not_disturb_the_scorer():
-    right = 0
-    for rng, prompt, scene in worlds(300, seed=2):
-        noisy = shapes.render(scene) + rng.normal(0, 12, (32, 32, 3))
-        right += shapes.verdict(shapes.find_objects(noisy.clip(0, 255).astype(np.uint8)), prompt)["correct"]
-    assert right >= 0.98 * 300
-
-
-def test_held_out_combinations_are_never_in_training_and_always_in_their_prompts():
-    rng = np.random.default_rng(3)
-    for tag in shapes.TAGS * 100:
-        prompt = shapes.make_prompt(rng, tag)
-        scene = shapes.fill(rng, prompt)
-        assert not {(shape, color) for shape, color, *_ in scene} & shapes.HELD_OUT
-        assert not set(prompt["objects"]) & shapes.HELD_OUT
-    for _, prompt, _ in worlds(100, seed=4, held_out=True):
-        assert set(prompt["objects"]) & shapes.HELD_OUT
-
-
-@pytest.mark.parametrize("objects, relation, correct, reason", [
-    ([("circle", "red"), ("square", None)], "left of", True, ""),
-    ([("square", "blue"), ("circle", "red")], "right of", True, ""),
-    ([("circle", "red"), ("square", None)], "right of", False, "colour or relation"),
-    ([("circle", "red"), ("square", None)], "above", False, "colour or relation"),
-    ([("circle", "blue"), ("square", "red")], None, False, "colour or relation"),
-    ([("circle", "red"), ("triangle", None)], None, False, "shape"),
-    ([("circle", "red")], None, False, "2 objects, not 1"),
-])
-def test_verdicts_by_hand(objects, relation, correct, reason):
-    scene = [("circle", "red", 8, 16, 5), ("square", "blue", 22, 17, 5)]
-    found = shapes.find_objects(shapes.render(scene))
-    result = shapes.verdict(found, dict(objects=objects, relation=relation))
-    assert (result["correct"], result["reason"]) == (correct, reason)
-
-
-@pytest.mark.parametrize("relation, dx, dy", [("left of", -9, 3), ("right of", 9, -3), ("above", 2, -8), ("below", -2, 8)])
-def test_relations_point_the_way_they_say(relation, dx, dy):
-    assert [r for r in shapes.RELATIONS if shapes.related(dx, dy, r)] == [relation]
-
-
-def test_a_corrupted_prompt_differs_in_one_thing():
-    for rng, prompt, _ in worlds(300, seed=5):
-        wrong = shapes.corrupt(rng, prompt)
-        changes = [a != b for o, p in zip(prompt["objects"], wrong["objects"]) for a, b in zip(o, p)]
-        assert sum(changes) + (prompt["relation"] != wrong["relation"]) == 1
-
-
-def test_captions_say_what_the_prompt_asks_for():
-    for rng, prompt, _ in worlds(200, seed=6):
-        words = shapes.write_caption(rng, prompt).split()
-        for shape, color in prompt["objects"]:
-            assert shape in words and (color is None or words[words.index(color) + 1] in shapes.SHAPES)
-        assert prompt["relation"] is None or prompt["relation"].split()[0] in words
-        assert len(words) <= 13  # with both end tokens this fits the tokenizer's 16
-
-
-def test_intervals_cover_the_mean_and_pairing_narrows_them():
-    rng = np.random.default_rng(0)
-    a = rng.random((3, 400)) < 0.5
-    b = a.copy()
-    b[:, :20] = True  # better on a few prompts only
-    mean, low, high = shapes.interval(a, rng)
-    assert mean == a.mean() and low < mean < high
-    assert (high - low) == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(1200), rel=0.1)
-    _, low_of_difference, high_of_difference = shapes.interval(b.astype(float) - a, rng)
-    assert high_of_difference - low_of_difference < 0.5 * (high - low) and low_of_difference > 0
-
-
-def test_training_captions_are_wrong_and_dropped_in_the_stated_shares():
-    images, captions = shapes.make_dataset(0, 1200)
-    dropped = np.mean([caption == "" for caption in captions])
-    assert 0.07 < dropped < 0.13
-    colors = {color: [c for c in captions if color in c.split()] for color in shapes.COLORS}
-    right = np.mean([color in [o[1] for o in shapes.find_objects(image)] for color in colors
-                     for image, caption in zip(images, captions) if caption in colors[color]])
-    assert 0.6 < right < 0.9  # half of the captions have one thing wrong, which is a colour in some
+def test_training_captions_are_wrong_and_dropped_in_the_stated_shares(monkeypatch):
+    said = []
+    monkeypatch.setattr(world, "write_caption", lambda rng, prompt: said.append(prompt) or "words")
+    images, captions = shapes_reference.make_dataset(0, 1200)
+    assert 0.07 < np.mean([caption == "" for caption in captions]) < 0.13
+    kept = [image for image, caption in zip(images, captions) if caption]
+    right = np.mean([world.verdict(world.find_objects(image), prompt)["correct"] for image, prompt in zip(kept, said, strict=True)])
+    assert 0.46 < right < 0.54
 
 
 def test_the_tokenizer_has_a_token_for_each_word():
-    tokenizer = shapes.make_tokenizer(["a red circle to the left of a blue square", "there is a triangle"])
-    for caption, words in (("a red square", 3), ("there is a circle to the left of a triangle", 10)):
+    tokenizer = shapes_reference.make_tokenizer(["a red circle to the left of a big blue square", "there is a triangle"])
+    for caption, words in (("a red square", 3), ("there is a circle to the left of a big triangle", 11)):
         assert len(tokenizer(caption).input_ids) == words + 2
     assert tokenizer("red circle").input_ids != tokenizer("blue circle").input_ids
 
@@ -123,53 +38,135 @@ def test_the_tokenizer_has_a_token_for_each_word():
 def test_a_training_that_was_stopped_continues_exactly(tmp_path):
     def train(name, updates_of_each_go):
         torch.manual_seed(0)
-        net = torch.nn.Linear(3, 1)
-        x = torch.arange(30.0).view(10, 3) / 30
+        net, x = torch.nn.Linear(3, 1), torch.arange(30.0).view(10, 3) / 30
 
-        def loss(i, rng):
+        def loss(batch, rng):
             if loss.left == 0:
                 raise KeyboardInterrupt
             loss.left -= 1
-            return (net(x[i]) - torch.randn(len(i), 1) - torch.randn(len(i), 1, generator=rng)).square().mean()
+            i = torch.randint(10, (batch,), generator=rng)
+            return (net(x[i]) - torch.randn(batch, 1, generator=rng)).square().mean()
 
         for loss.left in updates_of_each_go:
             try:
-                shapes.fit([net], loss, 10, 250, 4, 1e-2, 0, name, str(tmp_path / name))
+                return shapes_reference.fit(net, loss, 50, 4, 1e-2, str(tmp_path / name), every=10).weight.detach()
             except KeyboardInterrupt:
-                torch.manual_seed(1)
-        return net.weight.detach(), torch.rand(1)
+                torch.nn.init.zeros_(net.weight)  # a new process would not have the weights either
 
-    straight, stopped = train("straight", [-1]), train("stopped", [130, 120, -1])
-    assert (straight[0] == stopped[0]).all() and straight[1] == stopped[1]
+    straight, stopped = train("straight", [-1]), train("stopped", [23, 20, -1])
+    assert (straight == stopped).all()
+
+
+# ---- the experiment in small, with a model that has hardly been trained
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The folder of a reference of two updates."""
+    folder = tmp_path_factory.mktemp("shapes")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(IMAGES=64, AUTOENCODER_UPDATES=2, VALIDATION_PROMPTS=2).items():
+            patch.setattr(shapes_reference, name, value)
+        shapes_reference.make_reference(str(folder / "weights"), 2, str(folder / "home"))
+    return str(folder / "weights")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, reference):
+    """An empty folder to work in, with `reference` for the shipped one and all numbers small."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.PRESETS, "shapes", reference)
+    small = dict(REFERENCE=reference, UPDATES_OF_TUNING=1, PROMPTS=20, QUICK_PAIRS=6, FULL_PAIRS=9, SEEDS=(0,))
+    for name, value in small.items():
+        monkeypatch.setattr(shapes, name, value)
+    return tmp_path
+
+
+def test_the_reference_is_written_in_half_precision_with_its_making(reference):
+    with open(os.path.join(reference, "training.json"), encoding="utf-8") as file:
+        training = json.load(file)
+    assert training["command"] == "python shapes.py --reference --updates 2" and training["images"] == 64
+    assert {x.dtype for x in load_file(os.path.join(reference, "unet", "diffusion_pytorch_model.safetensors")).values()} == {torch.float16}
+    model = models.load(reference)
+    assert model.latent_shape == (4, 8, 8) and model.net.dtype == torch.float32
 
 
 @pytest.mark.slow
-def test_the_whole_experiment_runs_and_continues_where_it_was(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shapes, "QUICK", dict(autoencoder=3, reference=3, images=64, pairs=6, updates=4, prompts=20))
-    shapes.main(["--quick"])
+def test_the_experiment_runs_and_goes_on_where_it_was_stopped(small, capsys):
+    shapes.main([])
     out = capsys.readouterr().out
-    for script in ("perturb.py", "build_pairs.py --model", "train.py --model", "--objective diffusion-dpo", "--negatives not-paired",
-                   "evaluate.py grid --models"):
-        assert "$ python " in out and script in out
-    first = out[out.index("| guidance 1 |"):]
-    assert all(f"| {name} |" in first for name in ("Reference", "D-DPO", "DDSPO", "Rand-positive", "Not-paired"))
-    assert "python shapes.py" in first
-    home = tmp_path / "runs" / "shapes-quick-0"
-    assert (home / "shapes.png").stat().st_size > 10_000 and (home / "shapes-curves.png").stat().st_size > 5_000
-    kept = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.suffix in (".safetensors", ".pt", ".json")}
-    shutil.rmtree(home / "Not-paired")  # as if stopped while this was in the making
-    for path in home.glob("Not-paired-*"):
+    for command in ("perturb.py", "build_pairs.py --model shapes", "train.py --model shapes", "--objective diffusion-dpo"):
+        assert "$ python " in out and command in out
+    table = out[out.index("| guidance 1 |"):]
+    assert all(f"| {name} |" in table for name in ("Reference", "D-DPO", "DDSPO")) and "Not-paired" not in table
+    home = small / "runs" / "shapes"
+    assert (home / "shapes.png").stat().st_size > 10_000 and (home / "table.md").read_text() == table
+    kept = {path: path.stat().st_mtime_ns for path in home.rglob("*")
+            if path.suffix == ".pt" or path.name.startswith("shard") or "guidance" in path.name}
+    assert len(kept) == 1 + 2 + 6  # a shard, two checkpoints, three models' scores at two guidances
+    shutil.rmtree(home / "seed-0" / "DDSPO")  # as if stopped while this was in the making
+    for path in (home / "seed-0").glob("DDSPO-*"):
         path.unlink()
-    shapes.main(["--quick"])
+    shapes.main([])
     again = capsys.readouterr().out
-    assert again[again.index("| guidance 1 |"):] == first
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if "Not-paired" not in str(path))
+    assert again[again.index("| guidance 1 |"):] == table
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if "DDSPO" not in str(path))
 
 
-def test_flags_that_cannot_apply_are_refused():
-    for flags in (["--grid", "--quick"], ["--grid", "--seeds", "3"]):
-        with pytest.raises(SystemExit, match="give neither --quick nor --seeds"):
-            shapes.main(flags)
-    with pytest.raises(SystemExit, match="--seeds must be 1 or more"):
-        shapes.main(["--seeds", "0"])
+def test_a_folder_that_was_begun_with_another_reference_is_refused(small):
+    (small / "runs" / "shapes").mkdir(parents=True)
+    (small / "runs" / "shapes" / "settings.json").write_text(json.dumps(dict(reference="another")))
+    with pytest.raises(SystemExit, match="was begun with reference another"):
+        shapes.main([])
+
+
+def test_pairs_with_losers_of_other_noise_have_the_winners_of_one_store_and_the_losers_of_another(small):
+    rows = shapes.perturbed("home", 0, 3)
+    a, b = shapes.make_pairs("a", rows, 0), shapes.make_pairs("b", rows, 1)
+    mixed = PairStore(shapes.mix(a, b))  # checks its checksums
+    for i, (row, x_0_w, x_0_l) in enumerate(mixed):
+        assert row["c"] == rows[i]["c"]
+        assert (x_0_w == PairStore(a)[i][1]).all() and not (x_0_w == PairStore(b)[i][1]).all()
+        assert (x_0_l == PairStore(b)[i][2]).all() and not (x_0_l == PairStore(a)[i][2]).all()
+        if i == 2:
+            break
+
+
+def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
+    monkeypatch.setattr(shapes, "make_pairs", lambda home, rows, seed: (rows, seed))
+    monkeypatch.setattr(shapes, "mix", lambda winners, losers: (winners, losers))
+    monkeypatch.setattr(shapes, "FULL_PAIRS", 300)
+    found = shapes.variants("home", 0)
+    assert [len(found[f"{n} pairs"][0]) for n in (16, 64, 256, 300)] == [16, 64, 256, 300]
+    (winners, _), (losers, _) = found["64 pairs, losers of other noise"]
+    assert winners == losers and found["64 pairs, losers of other noise"][0][1] != found["64 pairs, losers of other noise"][1][1]
+    least, more, most = ([shapes.kept_share(row) for row in found[f"c_minus lost {which}"][0]] for which in ("least", "more", "most"))
+    assert len(least) == len(more) == len(most) == 100 and min(least) >= max(more) >= min(more) >= max(most) and least[0] > most[0]
+    for share, (low, high) in {"20%": (0.05, 0.35), "55%": (0.4, 0.7)}.items():
+        removed = [1 - len(row["c_minus"].split()) / len(row["c"].split()) for row in found[f"{share} removed"][0]]
+        assert low < np.mean(removed) < high
+    assert {row["c_minus"] for row in found["100% removed"][0]} == {""}
+
+
+def test_the_share_of_content_words_that_a_prompt_keeps():
+    row = dict(c="there is a big red circle above a blue square", c_minus="is big circle a square")
+    assert shapes.kept_share(row) == 3 / 6
+
+
+def test_tables_show_means_and_paired_differences(monkeypatch):
+    monkeypatch.setattr(shapes, "PROMPTS", 20)
+    rng, runs = np.random.default_rng(0), {}
+    for seed in (0, 1):
+        runs[seed] = {name: {g: dict(correct=(rng.random(20) < share).tolist(), frechet=1.0 + seed) for g in (1, 3)}
+                      for name, share in (("Reference", 0.3), ("D-DPO", 0.5), ("DDSPO", 0.7))}
+    rows = {line.split(" | ")[0]: [cell.strip(" |") for cell in line.split(" | ")]
+            for line in shapes.table(runs, (3,)).split("\n")[:5]}
+    share = {name: np.mean([runs[seed][name][3]["correct"] for seed in runs]) for name in runs[0]}
+    assert float(rows["| DDSPO"][1].split()[0]) == pytest.approx(share["DDSPO"], abs=6e-4)
+    assert float(rows["| DDSPO"][2].split()[0]) == pytest.approx(share["DDSPO"] - share["Reference"], abs=6e-4)
+    assert float(rows["| DDSPO"][3].split()[0]) == pytest.approx(share["DDSPO"] - share["D-DPO"], abs=6e-4)
+    assert rows["| Reference"][2] == rows["| D-DPO"][3] == "" and rows["| DDSPO"][4] == "1.50"
+    monkeypatch.setattr(shapes, "BEST_GUIDANCE", {"Reference": 3, "D-DPO": 3, "DDSPO": 1})
+    best = shapes.table_at_best(runs).split("\n")[4].split(" | ")
+    at_1 = np.mean([runs[seed]["DDSPO"][1]["correct"] for seed in runs])
+    assert float(best[3].split()[0]) == pytest.approx(at_1 - share["Reference"], abs=6e-4)
