@@ -276,7 +276,7 @@ def table_at_best(runs):
 
 
 def draw_images(folders, seed, path):
-    """Images at the practical guidance with a green frame where all is right, else a red one. The prompts are the first
+    """Images at guidance 1, each with a green frame where all is right, else a red one. The prompts are the first
     of each tag, and the first of each tag with a held-out combination."""
     prompts = scored_prompts(seed)
     shown = [next(i for i, p in enumerate(prompts) if (p["tag"], p["held_out"]) == kind)
@@ -285,7 +285,7 @@ def draw_images(folders, seed, path):
                                 layout="constrained")
     for row, (name, folder) in zip(axes, folders.items()):
         captions = [prompts[i]["caption"] for i in shown]
-        images = evaluate.sample_images(models.load(folder), captions, shown, 25, GUIDANCE)
+        images = evaluate.sample_images(models.load(folder), captions, shown, 25, 1)
         for axis, i, image in zip(row, shown, images):
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])

@@ -1,21 +1,27 @@
 """Sec. 4.1 and Fig. 2 of DDSPO (arXiv 2512.23426): D-DPO against DDSPO where the truth is known.
 
     python toy2d.py            five panels (figures/toy2d.png) and a table over 5 seeds
-    python toy2d.py --sweep    both against the number of pairs N (figures/toy2d_sweep.png), every setting printed
+    python toy2d.py --sweep    how the settings are chosen; both methods against N and against the number of updates
 
 Each class c is one mode of a 2D Gaussian mixture (a). The data that the reference model sees is noisy (b): the modes
-are wider and some samples come from a neighbouring class; so is, then, what it generates (c). Each class now gets N = 2
-preference pairs, x_0_w from class c and x_0_l from a neighbour c_minus, and the same pairs tune the same reference with
-D-DPO (Eq. 4) (d) and with DDSPO (e). In DDSPO the winning and losing policies are the reference given c and c_minus
-(Eq. 7, `--policies reference`) or, since this mixture's score is known, the true ones (Eq. 6, `--policies exact`).
+are wider and some samples come from a neighbouring class; so is, then, what the reference generates (c). Each class
+gets N = 2 preference pairs, and the same pairs tune the same reference with D-DPO (Eq. 4) (d) and with DDSPO (e).
 
-The paper gives no numbers for its toy: those below are ours. A run's networks are small, and R of them (seeds, betas)
-are trained at once, as one batched product, because one alone leaves the processor waiting for Python.
+As in Sec. 3.3 both samples of a pair come from the reference itself: x_0_w given c, x_0_l given a neighbour c_minus. So
+a winner may well lie in a neighbour's mode. D-DPO learns from it all the same; DDSPO only visits it, and asks the
+reference's scores given c and c_minus what to do there (Eq. 7; with `--policies exact` the true scores, Eq. 6).
+
+The paper gives no numbers for its toy: those below are ours. Everything runs on the CPU, one seed in one process.
 """
 
 import argparse
+import concurrent.futures
+import copy
+import functools
 import itertools
 import math
+import multiprocessing
+import operator
 import os
 
 import matplotlib
@@ -25,27 +31,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common import UserError, program
 from loss import ddspo_loss, diffusion_dpo_loss, preference_loss
+from plots import save_figure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen must be chosen first)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # ---- the world (a) and the data (b)
 
 K = 8  # classes, evenly on the unit circle; neighbours are 0.77 apart
 ANGLE = torch.arange(K) * 2 * math.pi / K
-MODES = torch.stack([ANGLE.cos(), ANGLE.sin()], 1).to(DEVICE)  # (K, 2)
+MODES = torch.stack([ANGLE.cos(), ANGLE.sin()], 1)  # (K, 2)
 CLEAN = dict(std=0.1, swap=0.0)  # the ground truth
 NOISY = dict(std=0.25, swap=0.3)  # what the reference is trained on: 2.5 times as wide, 30 % from the two neighbours
 
 
 def draw(c, rng, std, swap):
     """x_0 ~ p(x_0 | c): (1 - swap) in mode c, swap / 2 in each neighbour. c: (...) -> (..., 2)."""
-    u = torch.rand(c.shape, generator=rng).to(DEVICE)
+    u = torch.rand(c.shape, generator=rng)
     mode = (c + (u < swap).long() - 2 * (u < swap / 2).long()) % K  # c - 1 below swap/2, c + 1 below swap, else c
-    return MODES[mode] + std * torch.randn(*c.shape, 2, generator=rng).to(DEVICE)
+    return MODES[mode] + std * torch.randn(*c.shape, 2, generator=rng)
 
 
 # ---- diffusion: x_t = alpha_t x_0 + sigma_t eps, t = 0 (almost clean) to T - 1 (almost noise), cosine schedule
@@ -53,7 +59,7 @@ def draw(c, rng, std, swap):
 T = 100
 ALPHA_BAR = torch.cos((torch.arange(1, T + 1) / T + 0.008) / 1.008 * math.pi / 2).square() / math.cos(
     0.008 / 1.008 * math.pi / 2) ** 2
-ALPHA = ALPHA_BAR.clamp(1e-4, 1).sqrt().to(DEVICE)
+ALPHA = ALPHA_BAR.clamp(1e-4, 1).sqrt()
 SIGMA = (1 - ALPHA**2).sqrt()
 
 
@@ -67,8 +73,8 @@ def eps_exact(x_t, t, c, std, swap):
 
     p_t(. | c) mixes three Gaussians N(alpha_t mode, (alpha_t^2 std^2 + sigma_t^2) I), weights swap/2, 1 - swap, swap/2.
     """
-    modes = MODES[(c[..., None] + torch.tensor([-1, 0, 1], device=DEVICE)) % K].to(x_t)  # (..., 3, 2)
-    weight = torch.tensor([swap / 2, 1 - swap, swap / 2], device=DEVICE).to(x_t)
+    modes = MODES[(c[..., None] + torch.tensor([-1, 0, 1])) % K].to(x_t)  # (..., 3, 2)
+    weight = torch.tensor([swap / 2, 1 - swap, swap / 2]).to(x_t)
     alpha, sigma = ALPHA[t][..., None].to(x_t), SIGMA[t][..., None].to(x_t)
     variance = alpha**2 * std**2 + sigma**2  # (..., 1)
     offset = x_t[..., None, :] - alpha[..., None] * modes  # (..., 3, 2)
@@ -76,60 +82,49 @@ def eps_exact(x_t, t, c, std, swap):
     return sigma * (posterior[..., None] * offset).sum(-2) / variance
 
 
-class Denoisers(nn.Module):
-    """eps_theta(x_t, t, c) of R independent networks: x_t (R, B, 2), t and c (R, B) -> (R, B, 2). A seed each."""
+class Denoiser(nn.Module):
+    """eps_theta(x_t, t, c): x_t (B, 2), t and c (B,) -> (B, 2)."""
 
-    def __init__(self, seeds, width=128):
+    def __init__(self, seed, width=128):
         super().__init__()
-        sizes = [2 + 16 + K, width, width, width, 2]
-        rngs = [torch.Generator().manual_seed(s) for s in seeds]
-        weight = [torch.stack([torch.randn(n, m, generator=r) / math.sqrt(n) for r in rngs])
-                  for n, m in zip(sizes, sizes[1:])]
-        self.weight = nn.ParameterList(weight)
-        self.bias = nn.ParameterList([torch.zeros(len(seeds), 1, m) for m in sizes[1:]])
-        self.to(DEVICE)
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(2 + 16 + K, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+        for layer in self.net[::2]:
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x_t, t, c):
-        wave = t[..., None] / T * math.pi * torch.arange(1, 9, device=DEVICE)
-        h = torch.cat([x_t, wave.cos(), wave.sin(), F.one_hot(c, K)], -1)
-        for layer, (weight, bias) in enumerate(zip(self.weight, self.bias)):
-            h = torch.baddbmm(bias, h if layer == 0 else F.silu(h), weight)
-        return h
-
-    def repeat(self, times):
-        """A new set of R * times networks: network r's copies are at r, r + R, r + 2R, ..."""
-        copy = Denoisers([0] * times * len(self.bias[0]), self.bias[0].shape[-1])
-        copy.load_state_dict({k: v.repeat(times, 1, 1) for k, v in self.state_dict().items()})
-        return copy
+        wave = t[:, None] / T * math.pi * torch.arange(1, 9)  # (B, 8)
+        return self.net(torch.cat([x_t, wave.cos(), wave.sin(), F.one_hot(c, K)], 1))
 
 
 @torch.no_grad()
-def sample(model, per_class=500, steps=50):
-    """Samples of every class from every network by DDIM, all from the same x_T: (R, K, per_class, 2)."""
-    runs = len(model.bias[0])
-    c = torch.arange(K, device=DEVICE).repeat_interleave(per_class).expand(runs, -1)
-    x = torch.randn(K * per_class, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE).expand(runs, -1, -1)
+def sample(model, c, x_T, steps=50):
+    """x_0 of classes c (B,) from x_T (B, 2), by DDIM."""
+    x_t = x_T
     times = torch.linspace(T - 1, 0, steps).round().long().tolist()
     for now, then in zip(times, times[1:] + [None]):
-        eps = model(x, torch.full_like(c, now), c)
-        x_0 = (x - SIGMA[now] * eps) / ALPHA[now]
-        x = x_0 if then is None else ALPHA[then] * x_0 + SIGMA[then] * eps
-    return x.view(runs, K, per_class, 2)
+        eps = model(x_t, torch.full_like(c, now), c)
+        x_0 = (x_t - SIGMA[now] * eps) / ALPHA[now]
+        if then is not None:
+            x_t = noise(x_0, then, eps)
+    return x_0
 
 
 # ---- the reference (c), the pairs, and tuning with them (d), (e)
 
 
-def train_reference(seeds, updates=2000, batch=256, lr=3e-3):
-    """One reference a seed, each on its own noisy data, by the plain diffusion loss."""
-    model, rngs = Denoisers(seeds), [torch.Generator().manual_seed(1000 + s) for s in seeds]
-    optimizer = torch.optim.Adam(model.parameters(), lr)
+@functools.cache
+def train_reference(seed, updates=1500, batch=256, lr=5e-3):
+    """The reference, trained on noisy data by the plain diffusion loss."""
+    model, rng = Denoiser(seed), torch.Generator().manual_seed(1000 + seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    for _ in tqdm(range(updates), "reference", leave=False):
-        c, t = (torch.stack([torch.randint(n, (batch,), generator=r) for r in rngs]).to(DEVICE) for n in (K, T))
-        x_0 = torch.stack([draw(c_, r, **NOISY) for c_, r in zip(c, rngs)])
-        eps = torch.stack([torch.randn(batch, 2, generator=r) for r in rngs]).to(DEVICE)
-        loss = (model(noise(x_0, t, eps), t, c) - eps).square().mean((1, 2)).sum()  # summed: the networks do not mix
+    for _ in range(updates):
+        c, t = (torch.randint(high, (batch,), generator=rng) for high in (K, T))
+        x_0, eps = draw(c, rng, **NOISY), torch.randn(batch, 2, generator=rng)
+        loss = (model(noise(x_0, t, eps), t, c) - eps).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,162 +132,267 @@ def train_reference(seeds, updates=2000, batch=256, lr=3e-3):
     return model.requires_grad_(False)
 
 
-def make_pairs(seed, n, neighbours="both"):
-    """n pairs a class: x_0_w and x_0_l (K n, 2), c and c_minus (K n,). c_minus is one of c's two neighbours: the first
-    is drawn and then they take turns ("both"), or each is drawn ("random"). The pairs for n are the first of any more.
+def make_pairs(ref, seed, n, source="apart", neighbours="both"):
+    """n pairs a class, the first n of 64: x_0_w and x_0_l (n K, 2), c and c_minus (n K,).
+
+    The reference draws x_0_w given c and x_0_l given c_minus, each from its own x_T (source "apart") or both from the
+    same x_T ("shared-noise", what build_pairs.py does); "clean" pairs are the ground truth's. c_minus is one of the two
+    neighbours of c: the first is drawn and then they take turns (neighbours "both"), or each is drawn ("random").
     """
     rng = torch.Generator().manual_seed(2000 + seed)
-    c, first = torch.arange(K, device=DEVICE), torch.randint(2, (K,), generator=rng)
-    pairs = []
-    for i in range(n):
-        side = (first + i) % 2 if neighbours == "both" else torch.randint(2, (K,), generator=rng)
-        c_minus = (c + 1 - 2 * side.to(DEVICE)) % K
-        pairs.append((draw(c, rng, **CLEAN), draw(c_minus, rng, **CLEAN), c, c_minus))
-    return [torch.cat(x) for x in zip(*pairs)]
+    c = torch.arange(K).expand(64, K)
+    if neighbours == "both":
+        side = (torch.randint(2, (K,), generator=rng) + torch.arange(64)[:, None]) % 2  # (64, K)
+    else:
+        side = torch.randint(2, (64, K), generator=rng)
+    c_minus = (c + 1 - 2 * side) % K
+    if source == "clean":
+        x_0_w, x_0_l = draw(c, rng, **CLEAN), draw(c_minus, rng, **CLEAN)  # (64, K, 2)
+    else:
+        x_T_w, x_T_l = torch.randn(2, 64, K, 2, generator=rng)
+        if source == "shared-noise":
+            x_T_l = x_T_w
+        x_0_w = sample(ref, c.flatten(), x_T_w.flatten(0, 1)).view(64, K, 2)
+        x_0_l = sample(ref, c_minus.flatten(), x_T_l.flatten(0, 1)).view(64, K, 2)
+    return [x[:n].flatten(0, 1) for x in (x_0_w, x_0_l, c, c_minus)]
 
 
-def tune(reference, method, seeds, n, betas, lr, policies="reference", neighbours="both", updates=300, batch=128):
-    """Tunes every seed's reference with every beta: networks in the order beta, seed. The seed fixes the pairs, and
-    which of them, which t and which eps each update sees, so that all methods and settings see the same."""
-    ref, theta = reference.repeat(len(betas)), reference.repeat(len(betas))
-    optimizer = torch.optim.Adam(theta.parameters(), lr)
-    rngs = [torch.Generator().manual_seed(3000 + s) for s in seeds]
-    of_seeds = zip(*[make_pairs(s, n, neighbours) for s in seeds])
-    pairs = [torch.stack(x).repeat(len(betas), *[1] * x[0].ndim) for x in of_seeds]
-    beta = torch.tensor(betas, dtype=torch.float32, device=DEVICE).repeat_interleave(len(seeds) * batch)
-    for _ in tqdm(range(updates), f"{method}, N = {n}", leave=False):
-        pick, t = (torch.stack([torch.randint(high, (batch,), generator=r) for r in rngs]).to(DEVICE)
-                   .repeat(len(betas), 1) for high in (K * n, T))
-        eps = torch.stack([torch.randn(batch, 2, generator=r) for r in rngs]).to(DEVICE).repeat(len(betas), 1, 1)
-        run = torch.arange(len(pick), device=DEVICE)[:, None]
-        x_0_w, x_0_l, c, c_minus = (x[run, pick] for x in pairs)
-        x_t_w, x_t_l = noise(x_0_w, t, eps), noise(x_0_l, t, eps)  # the same t and eps for both
+def step_loss(objective, theta, ref, x_0_w, x_0_l, c, c_minus, t, eps, beta):
+    """The loss of each pair of a batch: x_0_w, x_0_l and eps (B, 2), c, c_minus and t (B,) -> (B,)."""
+    x_t_w, x_t_l = noise(x_0_w, t, eps), noise(x_0_l, t, eps)  # the same t and eps for both
+    predictions = theta(x_t_w, t, c), theta(x_t_l, t, c), ref(x_t_w, t, c), ref(x_t_l, t, c)
+    if objective == "diffusion-dpo":  # Eq. 4: the target is the noise, that is, the way to this very sample
+        loss, _ = diffusion_dpo_loss(*predictions, eps, eps, beta)
+    elif objective == "ddspo":  # Eq. 7: the target is what the reference says at this state
+        loss, _ = ddspo_loss(*predictions, ref(x_t_l, t, c_minus), beta)
+    else:  # Eq. 6 with the true scores, which only a toy knows
+        target_w, target_l = eps_exact(x_t_w, t, c, **CLEAN), eps_exact(x_t_l, t, c_minus, **CLEAN)
+        loss, _ = preference_loss(*predictions, target_w, target_l, beta)
+    return loss
 
-        eps_theta_w, eps_theta_l = both(theta, [x_t_w, x_t_l], t, [c, c])
-        eps_ref_w, eps_ref_l, eps_ref_l_minus = both(ref, [x_t_w, x_t_l, x_t_l], t, [c, c, c_minus])
-        predictions = [x.reshape(-1, 2) for x in (eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l)]  # (R B, 2)
-        if method == "diffusion-dpo":  # Eq. 4
-            loss, _ = diffusion_dpo_loss(*predictions, eps.view(-1, 2), eps.view(-1, 2), beta)
-        elif policies == "reference":  # Eq. 7
-            loss, _ = ddspo_loss(*predictions, eps_ref_l_minus.reshape(-1, 2), beta)
-        else:  # Eq. 6
-            target_w, target_l = eps_exact(x_t_w, t, c, **CLEAN), eps_exact(x_t_l, t, c_minus, **CLEAN)
-            loss, _ = preference_loss(*predictions, target_w.view(-1, 2), target_l.view(-1, 2), beta)
+
+def tune(ref, pairs, objective, seed, beta, lr, updates=300, times=(0, T), batch=128):
+    """The seed fixes which pairs, which t and which eps each update sees: the same for every objective and setting."""
+    theta = copy.deepcopy(ref).requires_grad_(True)
+    optimizer = torch.optim.Adam(theta.parameters(), lr, fused=True)
+    rng = torch.Generator().manual_seed(3000 + seed)
+    for _ in range(updates):
+        pick = torch.randint(len(pairs[0]), (batch,), generator=rng)
+        t = torch.randint(*times, (batch,), generator=rng)
+        eps = torch.randn(batch, 2, generator=rng)
+        x_0_w, x_0_l, c, c_minus = (x[pick] for x in pairs)
+        loss = step_loss(objective, theta, ref, x_0_w, x_0_l, c, c_minus, t, eps, beta)
         optimizer.zero_grad()
-        (loss.sum() / batch).backward()  # each network's mean loss, summed: the networks do not mix
+        loss.mean().backward()
         optimizer.step()
     return theta
 
 
-def both(model, states, t, prompts):
-    """The model's predictions at several states in one pass."""
-    return model(torch.cat(states, 1), t.repeat(1, len(states)), torch.cat(prompts, 1)).chunk(len(states), 1)
+# ---- scores
 
 
-# ---- scores, the table and the figure
+def sample_classes(model, per_class=500):
+    """Samples of every class, for every model from the same x_T: (K, per_class, 2)."""
+    x_T = torch.randn(K * per_class, 2, generator=torch.Generator().manual_seed(0))
+    return sample(model, torch.arange(K).repeat_interleave(per_class), x_T).view(K, per_class, 2)
 
 
 def scores(samples):
-    """samples (R, K, n, 2) -> three numpy arrays (R,): the share nearest their own mode; the energy distance
-    2 E|X - Y| - E|X - X'| - E|Y - Y'| (unbiased) to the ground truth, mean over classes; the centres' mean shift."""
-    runs, _, n, _ = samples.shape
-    c = torch.arange(K, device=DEVICE)[:, None].expand(K, n)
-    own = (torch.cdist(samples, MODES.expand(runs, 1, K, 2)).argmin(-1) == c).float().mean((1, 2))
-    truth = draw(c, torch.Generator().manual_seed(1), **CLEAN).expand_as(samples)
-    within = [torch.cdist(x, x).sum((2, 3)) / (n * (n - 1)) for x in (samples, truth)]
-    energy = (2 * torch.cdist(samples, truth).mean((2, 3)) - within[0] - within[1]).mean(1)
-    shift = (samples.mean(2) - MODES).norm(dim=-1).mean(1)
-    return [x.cpu().numpy() for x in (own, energy, shift)]
+    """samples (K, n, 2) -> the share nearest their own mode; the energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'|
+    (unbiased) to the ground truth, mean over classes; the centres' mean shift."""
+    n, c = samples.shape[1], torch.arange(K)[:, None].expand(samples.shape[:2])
+    own = (torch.cdist(samples, MODES).argmin(-1) == c).float().mean()
+    truth = draw(c, torch.Generator().manual_seed(1), **CLEAN)
+    within = [torch.cdist(x, x).sum() / (K * n * (n - 1)) for x in (samples, truth)]
+    energy = 2 * torch.cdist(samples, truth).mean() - within[0] - within[1]
+    shift = (samples.mean(1) - MODES).norm(dim=-1).mean()
+    return [own.item(), energy.item(), shift.item()]
+
+
+def run(seed, objective, n=2, source="apart", neighbours="both", **setting):
+    """One seed's scores, samples and pairs, numpy arrays, after tuning; objective None leaves the reference untuned."""
+    ref = train_reference(seed)
+    pairs = make_pairs(ref, seed, n, source, neighbours)
+    model = tune(ref, pairs, objective, seed, **setting) if objective else ref
+    samples = sample_classes(model)
+    return scores(samples), samples.numpy(), [x.numpy() for x in pairs]
+
+
+def in_processes(jobs, chunk):
+    """[job() for job in jobs], `chunk` jobs at a time, in one process a core with one thread each: the networks are too
+    small to share among threads, and threads that wait for one another come to a stop on a busy machine."""
+    spawn = multiprocessing.get_context("spawn")  # the one way that every system has
+    workers = min(os.cpu_count(), math.ceil(len(jobs) / chunk))
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+        return list(tqdm(pool.map(operator.call, jobs, chunksize=chunk), "runs", len(jobs), leave=False))
+
+
+def run_all(settings, seeds):
+    """The scores of every setting, (settings, seeds, 3), and [[(samples, pairs) of each setting] of each seed]."""
+    jobs = [functools.partial(run, seed, **setting) for seed in seeds for setting in settings]
+    results = in_processes(jobs, min(len(settings), 10))  # a process trains the reference of a seed once
+    of_seeds = [results[i:i + len(settings)] for i in range(0, len(results), len(settings))]
+    values = np.array([[result[0] for result in of_seed] for of_seed in of_seeds])  # (seeds, settings, 3)
+    return values.swapaxes(0, 1), [[result[1:] for result in of_seed] for of_seed in of_seeds]
+
+
+# ---- the table and the figure
+
+HEADER = ("| {} | nearest own mode (best 1) | energy distance (best 0) | centre shift (best 0) |\n"
+          "| --- | --- | --- | --- |").format
+SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], [100, 101, 102, 103, 104]  # settings are chosen on seeds that are not reported
+GRID = dict(lr=[2.5e-6, 5e-6, 1e-5, 2e-5], beta=[0.1, 1, 10])
+BETA = 1
+LR = {  # at N = 2, by `--sweep`: each method's best of GRID
+    "apart": {"D-DPO": 5e-6, "DDSPO": 1e-5},
+    "shared-noise": {"D-DPO": 1e-5, "DDSPO": 1e-5},
+    "clean": {"D-DPO": 1e-5, "DDSPO": 1e-5},
+}
 
 
 def row(name, values):
-    """A line of Markdown: the mean and the standard deviation over seeds of each score."""
-    return f"| {name} | " + " | ".join(f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in values) + " |"
+    """A line of Markdown: the mean and the standard deviation over seeds of each score; values (seeds, 3)."""
+    return f"| {name} | " + " | ".join(f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in values.T) + " |"
 
 
-HEADER = ("| {} | nearest own mode ↑ | energy distance ↓ | centre shift ↓ |\n" + "| --- " * 4 + "|").format
-
-METHODS = {"D-DPO": "diffusion-dpo", "DDSPO": "ddspo"}
-GRID = dict(beta=[1, 4, 16, 64], lr=[5e-6, 1e-5, 2e-5])
-BETA, LR = 1, 1e-5  # at N = 2, by `--sweep` (and `--sweep --policies exact`) the best of GRID for both methods
-SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], [100, 101, 102, 103, 104]  # settings are chosen on seeds that are not reported
+def typical(d_dpo, ddspo):
+    """The seed that the pictures show, an index: the one with the median gain in energy distance; (seeds, 3) each."""
+    return np.argsort(d_dpo[:, 1] - ddspo[:, 1])[len(d_dpo) // 2]
 
 
-def save(figure, path):
-    """Writes a picture whole or not at all."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path + ".partial", dpi=200, bbox_inches="tight", format="png")
-    os.replace(path + ".partial", path)
-    print(f"wrote {path}")
+def scatter(axis, title, samples, pairs=None):
+    """One panel: samples (K, n, 2), a colour a class. Marks the pairs of one class, the one whose winner lies farthest
+    from its mode."""
+    for k in range(K):
+        axis.plot(*samples[k].T, ".", color=plt.cm.hsv(k / K), markersize=1.2, alpha=0.5, rasterized=True)
+    axis.plot(*MODES.T, "k+", markersize=5, markeredgewidth=0.8)
+    axis.set(title=title, xlim=(-1.9, 1.9), ylim=(-1.9, 1.9), xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal")
+    if pairs is not None:
+        x_0_w, x_0_l, c, _ = pairs
+        k = c[np.linalg.norm(x_0_w - MODES.numpy()[c], axis=1).argmax()]
+        style = dict(color=plt.cm.hsv(k / K), markeredgecolor="black", markeredgewidth=0.8, linestyle="none")
+        axis.plot(*x_0_w[c == k].T, "^", label="winners", markersize=7, **style)
+        axis.plot(*x_0_l[c == k].T, "v", label="losers", markersize=7, **style)
 
 
-def figure_2(policies, neighbours, path):
-    """Fig. 2 of the paper (seed 0) and the table (all seeds)."""
-    reference = train_reference(SEEDS)
-    samples = {"Reference": sample(reference)}
-    for name, method in METHODS.items():
-        samples[name] = sample(tune(reference, method, SEEDS, 2, [BETA], LR, policies, neighbours))
-    print(HEADER(f"N = 2, {len(SEEDS)} seeds"))
-    for name, x in samples.items():
-        print(row(name, scores(x)))
+def figure_2(source, neighbours, methods, path):
+    """Fig. 2 of the paper (one seed) and the table (all seeds)."""
+    common = dict(n=2, source=source, neighbours=neighbours)
+    settings = [dict(objective=None, **common)]
+    settings += [dict(objective=objective, beta=BETA, lr=LR[source][name], **common)
+                 for name, objective in methods.items()]
+    values, results = run_all(settings, SEEDS)
+    print(HEADER(f"N = 2, pairs {source}, {len(SEEDS)} seeds"))
+    for name, of_seeds in zip(["Reference", *methods], values):
+        print(row(name, of_seeds))
 
-    c, rng = torch.arange(K, device=DEVICE)[:, None].expand(K, 500), torch.Generator().manual_seed(0)
-    panels = {"(a) Ground truth": draw(c, rng, **CLEAN), "(b) Noisy data": draw(c, rng, **NOISY)}
-    panels |= {f"({letter}) {name}": x[0] for letter, (name, x) in zip("cde", samples.items())}
+    c, rng = torch.arange(K)[:, None].expand(K, 500), torch.Generator().manual_seed(0)
     figure, axes = plt.subplots(1, 5, figsize=(12, 2.7), sharex=True, sharey=True, layout="constrained")
-    for axis, (title, x) in zip(axes, panels.items()):
-        for k in range(K):
-            axis.plot(*x[k].cpu().T, ".", color=plt.cm.hsv(k / K), markersize=1.2, alpha=0.5, rasterized=True)
-        axis.plot(*MODES.cpu().T, "k+", markersize=5, markeredgewidth=0.8)
-        axis.set(title=title, xlim=(-1.9, 1.9), ylim=(-1.9, 1.9), xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal")
-    save(figure, path)
+    scatter(axes[0], "(a) Ground truth", draw(c, rng, **CLEAN))
+    scatter(axes[1], "(b) Noisy data", draw(c, rng, **NOISY))
+    of_seed = results[typical(*values[1:])]
+    for axis, title, (samples, pairs) in zip(axes[2:], ["(c) Reference", "(d) D-DPO", "(e) DDSPO"], of_seed):
+        scatter(axis, title, samples, pairs)
+    axes[2].legend(loc="center", fontsize=7, title="one class's", title_fontsize=7)
+    save_figure(figure, path)
 
 
-def sweep(policies, neighbours, path):
-    """N = 1 to 16: for each N and method the best of GRID by mean energy distance on TUNING_SEEDS, shown on SEEDS."""
-    tuning_reference, reference = train_reference(TUNING_SEEDS), train_reference(SEEDS)
-    counts, result = [1, 2, 4, 8, 16], {}
-    print(f"The grid, {len(TUNING_SEEDS)} other seeds:\n" + HEADER("N, method, beta, lr"))
-    for n, (name, method) in tqdm(list(itertools.product(counts, METHODS.items())), "sweep"):
-        grid = {}
-        for lr in GRID["lr"]:
-            model = tune(tuning_reference, method, TUNING_SEEDS, n, GRID["beta"], lr, policies, neighbours)
-            of_betas = zip(*[v.reshape(-1, len(TUNING_SEEDS)) for v in scores(sample(model))])
-            grid |= {(beta, lr): values for beta, values in zip(GRID["beta"], of_betas)}
-        best = min(grid, key=lambda setting: grid[setting][1].mean())
-        tqdm.write("\n".join(row(f"{n}, {name}, {b:g}, {lr:g}" + " (best)" * ((b, lr) == best), v)
-                             for (b, lr), v in grid.items()))
-        model = tune(reference, method, SEEDS, n, [best[0]], best[1], policies, neighbours)
-        result[name, n] = best, scores(sample(model))
+# ---- how the settings are chosen, and what the number of pairs and of updates changes
 
-    start = scores(sample(reference))
-    print(f"\nEach method at its best, {len(SEEDS)} seeds:\n" + HEADER("method, N, beta, lr"))
-    print(row("Reference", start))
-    for (name, n), ((beta, lr), values) in sorted(result.items()):
-        print(row(f"{name}, {n}, {beta:g}, {lr:g}", values))
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for i, (axis, label) in enumerate(zip(axes, ("share nearest own mode", "energy distance to the truth"))):
-        axis.axhline(start[i].mean(), color="grey", linestyle=":", label="Reference")
-        for name in METHODS:
-            values = np.stack([result[name, n][1][i] for n in counts])  # (N, seeds)
-            line, = axis.plot(counts, values.mean(1), marker="o", label=name)
-            axis.fill_between(counts, values.min(1), values.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
-        axis.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="pairs per class N", ylabel=label)
-        axis.minorticks_off()
-    axes[0].legend(title="mean, and range of 5 seeds")
-    save(figure, path)
+COUNTS, UPDATES = [1, 2, 4, 16, 64], [75, 150, 300, 600, 1200]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sweep", action="store_true", help="N in 1, 2, 4, 8, 16 instead of the figure at N = 2")
+def choose(neighbours, methods):
+    """{(source, N, method): its best setting}, by mean energy distance over TUNING_SEEDS. Tries every lr of GRID, for
+    the figure's pairs also every beta, and prints all of it."""
+    grid = {}
+    for source, n, name in itertools.product(LR, COUNTS, methods):
+        if source != "clean" or n == 2:
+            betas = GRID["beta"] if (source, n) == ("apart", 2) else [BETA]
+            grid[source, n, name] = [dict(objective=methods[name], n=n, source=source, neighbours=neighbours,
+                                          beta=beta, lr=lr) for beta in betas for lr in GRID["lr"]]
+    values = iter(run_all(sum(grid.values(), []), TUNING_SEEDS)[0])
+    print(f"The grid, {len(TUNING_SEEDS)} other seeds:\n" + HEADER("pairs, N, method, beta, lr"))
+    best = {}
+    for (source, n, name), settings in grid.items():
+        tried = [next(values) for _ in settings]  # (seeds, 3) each
+        first = np.argmin([of_seeds[:, 1].mean() for of_seeds in tried])
+        best[source, n, name] = settings[first]
+        for i, (setting, of_seeds) in enumerate(zip(settings, tried)):
+            mark = " (best)" if i == first else ""
+            print(row(f"{source}, {n}, {name}, {setting['beta']:g}, {setting['lr']:g}{mark}", of_seeds))
+    return best
+
+
+def sweep(neighbours, methods, path):
+    """Each method at its best against N, and both against the number of updates, at DDSPO's best for N = 2."""
+    lines = choose(neighbours, methods)  # {(source, what changes, method): setting}
+    for source, updates, name in itertools.product(["apart", "shared-noise"], UPDATES, methods):
+        lines[source, f"{updates} updates", name] = (
+            lines[source, 2, "DDSPO"] | dict(objective=methods[name], updates=updates))
+    values, results = run_all([*lines.values(), dict(objective=None)], SEEDS)
+    result = dict(zip(lines, values))
+    print(f"\nEach method at its best, and after other numbers of updates, {len(SEEDS)} seeds:\n"
+          + HEADER("pairs, N (or updates at N = 2), method, beta, lr"))
+    print(row("Reference", values[-1]))
+    for (source, change, name), setting in lines.items():
+        print(row(f"{source}, {change}, {name}, {setting['beta']:g}, {setting['lr']:g}", result[source, change, name]))
+
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    after = [f"{updates} updates" for updates in UPDATES]
+    draw_lines(axes[0], result, COUNTS, COUNTS, 0, "pairs per class N", "share nearest own mode")
+    draw_lines(axes[1], result, COUNTS, COUNTS, 1, "pairs per class N", "energy distance to the truth")
+    draw_lines(axes[2], result, UPDATES, after, 1, "updates at N = 2, DDSPO's setting", "energy distance to the truth")
+    for axis, score in zip(axes, [0, 1, 1]):
+        axis.axhline(values[-1][:, score].mean(), color="grey", linestyle=":", label="Reference")
+    axes[0].legend(fontsize=7)
+    seed = typical(result["apart", 2, "D-DPO"], result["apart", 2, "DDSPO"])
+    scatter(axes[3], "D-DPO at DDSPO's setting", *results[seed][list(lines).index(("apart", "300 updates", "D-DPO"))])
+    save_figure(figure, path)
+
+
+def draw_lines(axis, result, xs, changes, score, xlabel, ylabel):
+    """Mean and standard deviation over seeds of one score against xs, a line a source and method."""
+    for source, name in itertools.product(["apart", "shared-noise"], ["D-DPO", "DDSPO"]):
+        y = np.stack([result[source, change, name][:, score] for change in changes])  # (xs, seeds)
+        beside = 1.04 if source == "apart" else 0.96  # so that the bars do not hide one another
+        axis.errorbar(np.array(xs) * beside, y.mean(1), y.std(1, ddof=1), label=f"{name}, {source}", capsize=2,
+                      color="C3" if name == "D-DPO" else "C0", linestyle="-" if source == "apart" else "--")
+    axis.set(xscale="log", xticks=xs, xticklabels=xs, xlabel=xlabel, ylabel=ylabel)
+    axis.minorticks_off()
+
+
+def try_path(path):
+    """Raises UserError or OSError, before anything is computed, if no picture can be written here."""
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise UserError(f"--out {path!r} is a folder: give the name of a picture, as in figures/toy2d.png.")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    open(path + ".partial", "wb").close()
+    os.remove(path + ".partial")
+
+
+@program
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--sweep", action="store_true", help="N and the number of updates instead of the figure")
+    parser.add_argument("--pairs", choices=list(LR), help="the two samples of a pair are drawn by the reference, apart "
+                        "(the default) or from one x_T, or are clean: drawn from the ground truth")
     parser.add_argument("--policies", choices=["reference", "exact"], default="reference",
                         help="DDSPO's winning and losing policies: the reference given c and c_minus, or the true ones")
     parser.add_argument("--neighbours", choices=["both", "random"], default="both",
                         help="a class's pairs take c_minus from its two neighbours in turn, or at random")
     parser.add_argument("--out", help="the picture (default: figures/toy2d.png or figures/toy2d_sweep.png)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.sweep and args.pairs:
+        parser.error("--sweep compares the sources of pairs: leave out --pairs.")
+    path = args.out or ("figures/toy2d_sweep.png" if args.sweep else "figures/toy2d.png")
+    try_path(path)
+    methods = {"D-DPO": "diffusion-dpo", "DDSPO": "ddspo" if args.policies == "reference" else "exact"}
     if args.sweep:
-        sweep(args.policies, args.neighbours, args.out or "figures/toy2d_sweep.png")
+        sweep(args.neighbours, methods, path)
     else:
-        figure_2(args.policies, args.neighbours, args.out or "figures/toy2d.png")
+        figure_2(args.pairs or "apart", args.neighbours, methods, path)
+
+
+if __name__ == "__main__":
+    main()

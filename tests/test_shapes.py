@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import models
 import shapes
 import shapes_reference
+from common import read_lines
 from judges import shapes as world
 from pairs import PairStore
 
@@ -55,6 +57,32 @@ def test_a_training_that_was_stopped_continues_exactly(tmp_path):
 
     straight, stopped = train("straight", [-1]), train("stopped", [23, 20, -1])
     assert (straight == stopped).all()
+
+
+# ---- the model in weights/shapes
+
+
+def test_the_shipped_reference_has_its_score_on_a_hundred_fixed_prompts_to_within_rounding():
+    model, prompts = models.load("shapes"), world.make_prompts([1, 4], 100)
+    x_T = torch.stack([models.initial_noise(i, model.latent_shape) for i in range(100)])
+    images = models.sample(model, [p["caption"] for p in prompts], x_T, 25, 4, output_type="pil")
+    right = [world.verdict(world.find_objects(np.array(image)), p)["correct"] for image, p in zip(images, prompts, strict=True)]
+    assert np.mean(right) == pytest.approx(0.53, abs=0.02)  # rounding may turn an image or two
+
+
+def test_a_cell_of_the_table_is_the_same_by_the_commands_of_evaluate(tmp_path, monkeypatch):
+    """The benchmark of evaluate.py has the prompts of seed 0: its images, kept as files, are judged by a second program."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "PROMPTS", 400)
+    every = shapes.scored_prompts(0)
+    assert [row["prompt"] for row in world.items("unused")] == [p["caption"] for p in every]
+    monkeypatch.setattr(shapes, "scored_prompts", lambda seed: every[:20])
+    monkeypatch.setitem(evaluate.BENCHMARKS, "shapes", (20, lambda data: world.items(data)[:20], {"shapes": (None, world.load)}))
+    evaluate.main("generate --model shapes --bench shapes --guidance 3 --seed 0 --out run --batch-size 20".split())
+    evaluate.main(["score", "run"])
+    judged = [row["correct"] for row in read_lines("run/scores/shapes.jsonl")]
+    scored = shapes.score("scores.json", "shapes", 0, 3)["correct"]
+    assert judged == scored and 4 <= sum(scored) <= 16
 
 
 # ---- the experiment in small, with a model that has hardly been trained
