@@ -242,7 +242,7 @@ HEADER = ("| {} | nearest own mode (best 1) | energy distance (best 0) | centre 
           "| --- | --- | --- | --- |").format
 SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], [100, 101, 102, 103, 104]  # settings are chosen on seeds that are not reported
 GRID = dict(lr=[2.5e-6, 5e-6, 1e-5, 2e-5], beta=[0.1, 1, 10])
-BETA = 1
+BETA = 1  # 0.1 is better by about 0.001 in energy distance, a tenth of the spread over seeds
 LR = {  # at N = 2, by `--sweep`: each method's best of GRID
     "apart": {"D-DPO": 5e-6, "DDSPO": 1e-5},
     "shared-noise": {"D-DPO": 1e-5, "DDSPO": 1e-5},
