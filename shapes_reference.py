@@ -111,11 +111,6 @@ def share_right(images, prompts):
     return np.mean([world.verdict(world.find_objects(image), p)["correct"] for image, p in zip(images, prompts)])
 
 
-def to_pixels(x):
-    """(n, 3, 32, 32) in [-1, 1] -> (n, 32, 32, 3) uint8."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-
-
 def train_autoencoder(images, path):
     """An AutoencoderKL that loses almost nothing of the images, (n, 3, 32, 32) uint8."""
     torch.manual_seed(SEED)
