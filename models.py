@@ -15,7 +15,10 @@ hub id or a local diffusers folder; its family is read from the folder's model_i
 is least noise. The end of the file is about policies that share one frozen network, by LoRA.
 """
 
+import glob
+import hashlib
 import inspect
+import json
 import os
 import types
 import warnings
@@ -28,8 +31,9 @@ transformers.logging.set_verbosity_error()  # it would warn of image processors 
 import diffusers  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0  # noqa: E402
+from huggingface_hub import snapshot_download  # noqa: E402
 
-from common import UserError, read_json  # noqa: E402
+from common import UserError, checksum, read_json  # noqa: E402
 
 for library in (diffusers.utils, transformers):
     library.logging.disable_progress_bar()
@@ -265,10 +269,31 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, net_device=Non
         pipe.load_lora_weights(adapter, weight_name=LORA)
     pipe.set_progress_bar_config(disable=True)
     model = family(pipe, torch.device(device))
+    model.adapter = adapter
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(net_device if part is model.net and net_device else device)
     return model
+
+
+def weight_files(model):
+    """The safetensors files that a loaded model was read from, and that of its adapter."""
+    folder = model.pipe.name_or_path
+    if not os.path.isdir(folder):  # a hub id: its files are in the cache, since it was loaded
+        folder = snapshot_download(folder, local_files_only=True)
+    parts = [name for name, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)]
+    files = [path for part in sorted(parts) for path in
+             sorted(glob.glob(os.path.join(glob.escape(folder), part, "*.safetensors")))]
+    return files + ([os.path.join(model.adapter, LORA)] if model.adapter else [])
+
+
+def fingerprint(model):
+    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of its weight files on disk, of
+    its scheduler's settings and of the shape of its latents."""
+    scheduler = {key: value for key, value in model.pipe.scheduler.config.items() if not key.startswith("_")}
+    parts = [*map(checksum, weight_files(model)), type(model.pipe.scheduler).__name__,
+             json.dumps(scheduler, sort_keys=True, default=str), str(model.latent_shape)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 # ---- the same for all families

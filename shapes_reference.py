@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E
 from common import holding, write_file  # noqa: E402
 from judges import shapes as world  # noqa: E402
 
-SEED, IMAGES, AUTOENCODER_UPDATES, UPDATES, VALIDATION_PROMPTS = 0, 131072, 4000, 5000, 100
+SEED, IMAGES, AUTOENCODER_UPDATES, UPDATES, VALIDATION_PROMPTS = 0, 131072, 4000, 12000, 100
 WRONG_CAPTIONS = 0.5  # guess: half of the captions have one thing wrong, as on the web
 NO_CAPTION = 0.1  # dropped, so that guidance works (as Stable Diffusion was trained)
 
@@ -46,18 +46,19 @@ def make_dataset(seed, count):
 
 def fit(net, loss_of_batch, updates, batch, lr, path, check=None, every=500):
     """AdamW on batches of random indices; the rate is constant and goes to 0 over the last quarter. Returns the moving
-    average of the weights. The state is kept in the file `path`, so that a stopped training goes on exactly from there:
-    all that is random comes from the seed and the update's number."""
+    average of the weights and the state. That is kept in the file `path`, so that a stopped training goes on exactly from
+    there, and one that ended goes on when it is asked for more updates ("ends" lists what was asked for so far): all that
+    is random comes from the seed and the update's number."""
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    start, seconds = 0, 0.0
+    start, state = 0, dict(seconds=0.0, ends=[])
     if os.path.exists(path):
         state = torch.load(path, weights_only=True)
         for part, saved in zip((net, optimizer, average), state["parts"]):
             part.load_state_dict(saved)
-        start, seconds = state["update"], state["seconds"]
-    begin = time.time() - seconds
+        start = state["update"]
+    begin, ends = time.time() - state["seconds"], state["ends"]
     for update in tqdm(range(start, updates), path, initial=start, total=updates, mininterval=10):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (update + 1) / 200, (updates - update) / (0.25 * updates))
@@ -69,13 +70,14 @@ def fit(net, loss_of_batch, updates, batch, lr, path, check=None, every=500):
         average.update_parameters(net)
         if (update + 1) % every == 0 or update + 1 == updates:
             state = dict(update=update + 1, seconds=time.time() - begin,
+                         ends=ends + [updates] * (update + 1 == updates),
                          parts=[part.state_dict() for part in (net, optimizer, average)])
             torch.save(state, path + ".partial")
             os.replace(path + ".partial", path)
             if check:
                 print(f"update {update + 1}, {(time.time() - begin) / 60:.0f} minutes, loss {loss.item():.4f}: "
                       f"{check(average.module.eval())}", flush=True)
-    return average.module.eval()
+    return average.module.eval(), state
 
 
 def make_tokenizer(captions):
@@ -112,7 +114,7 @@ def share_right(images, prompts):
 
 
 def train_autoencoder(images, path):
-    """An AutoencoderKL that loses almost nothing of the images, (n, 3, 32, 32) uint8."""
+    """An AutoencoderKL that loses almost nothing of the images, (n, 3, 32, 32) uint8, and the state of its training."""
     torch.manual_seed(SEED)
 
     def loss_of_batch(batch, rng):
@@ -122,7 +124,8 @@ def train_autoencoder(images, path):
         return F.mse_loss(reconstruction, x) * 10 + 1e-4 * posterior.kl().mean() / 64
 
     vae = torch.nn.ModuleList([make_autoencoder()])
-    return fit(vae, loss_of_batch, AUTOENCODER_UPDATES, 16, 3e-3, path)[0]
+    average, state = fit(vae, loss_of_batch, AUTOENCODER_UPDATES, 16, 3e-3, path)
+    return average[0], state
 
 
 @torch.no_grad()
@@ -156,7 +159,7 @@ def make_reference(folder, updates, home="runs/shapes-reference"):
         vae_path, net_path = (os.path.join(home, name + ".pt") for name in ("autoencoder", "denoiser"))
         pixels, captions = make_dataset(SEED, IMAGES)
         pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (images, 3, 32, 32)
-        vae = train_autoencoder(pixels, vae_path)
+        vae, vae_state = train_autoencoder(pixels, vae_path)
         latents = encode(vae, pixels)
         vae.register_to_config(scaling_factor=1 / latents.std().item())
         latents *= vae.config.scaling_factor
@@ -175,13 +178,13 @@ def make_reference(folder, updates, home="runs/shapes-reference"):
             return F.mse_loss(net[0](x_t, t, net[1](ids[i])[0]).sample, eps)
 
         prompts = world.make_prompts([SEED, 4], VALIDATION_PROMPTS)
-        average = fit(net, loss_of_batch, updates, 128, 1e-3, net_path,
-                      lambda net: validate(make_pipeline(vae, tokenizer, net, scheduler), prompts))
+        average, state = fit(net, loss_of_batch, updates, 128, 1e-3, net_path,
+                             lambda net: validate(make_pipeline(vae, tokenizer, net, scheduler), prompts))
         make_pipeline(vae, tokenizer, average, scheduler).to(dtype=torch.float16).save_pretrained(folder + ".partial")
-        minutes = sum(torch.load(path, weights_only=True)["seconds"] / 60 for path in (vae_path, net_path))
         packages = ("torch", "diffusers", "transformers", "numpy", "scipy")
-        training = dict(command=f"python shapes.py --reference --updates {updates}", seed=SEED, images=IMAGES,
-                        autoencoder_updates=AUTOENCODER_UPDATES, updates=updates, minutes=round(minutes),
+        training = dict(commands=[f"python shapes.py --reference --updates {n}" for n in state["ends"]], seed=SEED,
+                        images=IMAGES, autoencoder_updates=AUTOENCODER_UPDATES, updates=updates,
+                        minutes=round((vae_state["seconds"] + state["seconds"]) / 60),
                         threads=torch.get_num_threads(), python=platform.python_version(),
                         versions={name: importlib.metadata.version(name) for name in packages})
         write_file(os.path.join(folder + ".partial", "training.json"), json.dumps(training, indent=1) + "\n")

@@ -3,7 +3,10 @@
 import copy
 import inspect
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -12,7 +15,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import models
 from common import UserError
@@ -60,6 +63,42 @@ def edited(folder, path, file, **changes):
     config = json.loads((path / file).read_text()) | changes
     (path / file).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return str(path)
+
+
+def test_a_model_is_its_weights_its_schedule_and_its_shape_and_not_its_path(sd, tmp_path, monkeypatch):
+    def of(path):
+        return models.fingerprint(models.load(str(path)))
+
+    def with_file(name, file, **changes):
+        return edited(sd, tmp_path / name, file, **changes)
+
+    original = of(sd)
+    shutil.copytree(sd, tmp_path / "copy")
+    (tmp_path / "copy" / "training.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert of("./copy") == of("copy/") == of(tmp_path / "copy") == original
+    others = [with_file("trailing", "scheduler/scheduler_config.json", timestep_spacing="trailing"),
+              with_file("small", "unet/config.json", sample_size=4)]
+    for part in ("unet", "vae", "text_encoder"):
+        path = tmp_path / f"other-{part}"
+        shutil.copytree(sd, path)
+        file = next((path / part).glob("*.safetensors"))
+        weights = load_file(file)
+        weights[max(weights)] = weights[max(weights)] + 1e-3
+        save_file(weights, file, metadata=dict(format="pt"))
+        others.append(path)
+    assert len({original, *map(of, others)}) == 1 + len(others)
+
+
+def test_a_model_of_the_hub_has_the_checksum_of_its_files_in_the_cache(sd, tmp_path):
+    cache = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(sd, cache / "snapshots" / ("a" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    script = "import models; print(models.fingerprint(models.load('owner/name')))"
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | dict(HF_HOME=str(tmp_path)), capture_output=True,
+                          text=True, check=True)
+    assert done.stdout.strip() == models.fingerprint(models.load(sd))
 
 
 def test_noise_and_target_are_those_of_diffusers_in_float32_also_for_half_latents(model):
