@@ -7,9 +7,9 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 
+import launch
 import numpy as np
 import pytest
 import tiny_models
@@ -277,15 +277,9 @@ def test_killed_at_any_change_to_any_file_it_goes_on_to_the_same_store(sd, promp
     assert code == 0 and n > 13  # the folder, and opening and renaming 3 files that are written 4 times at least
 
 
-def command(sd, prompts, out, processes=1):
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *start, os.path.abspath(build_pairs.__file__), "--model", sd, "--prompts", prompts, "--out", out, *STEPS]
-
-
-@pytest.mark.slow
 def test_two_processes_make_the_same_store(sd, prompts, pairs, tmp_path):
     out = str(tmp_path / "store")  # judged by what it wrote: gloo processes sometimes abort after all is done
-    subprocess.run(command(sd, prompts, out, processes=2), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    launch.run("build_pairs", ["--model", sd, "--prompts", prompts, "--out", out, *STEPS], processes=2)
     assert read_folder(out) == read_folder(pairs)
 
 

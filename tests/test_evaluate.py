@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 
+import launch
 import numpy as np
 import pytest
 import tiny_judges
@@ -154,19 +154,16 @@ def test_images_depend_on_seed_and_place_only(world, sd, monkeypatch):
         assert (world / "small.jpg").read_bytes() == one[f"coco/im256/{name}"]
 
 
-@pytest.mark.slow
+def few_prompts():
+    for bench, count in dict(pick=4, hps=12).items():
+        evaluate.BENCHMARKS[bench] = (count, *evaluate.BENCHMARKS[bench][1:])
+
+
 def test_two_processes_write_what_one_does_and_none_writes_into_a_folder_of_others(world, sd):
     """Judged by what was written, because such processes sometimes abort when they end."""
-    script = world / "two.py"
-    script.write_text(f"import sys\nsys.path[:0] = [{os.path.dirname(evaluate.__file__)!r}]\nimport evaluate\n"
-                      "for bench, count in dict(pick=4, hps=12).items():\n"
-                      "    evaluate.BENCHMARKS[bench] = (count, *evaluate.BENCHMARKS[bench][1:])\n"
-                      "evaluate.main()\n")
-
     def run(*flags):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), "generate",
-                   "--model", sd, "--out", str(world / "two"), "--data", str(world / "data"), "--steps", "1", "--batch-size", "1", *flags]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1")).stderr
+        return launch.run("evaluate", ["generate", "--model", sd, "--out", world / "two", "--data", world / "data", "--steps", 1,
+                                       "--batch-size", 1, *flags], processes=2, prepare=few_prompts)[1]
     generate(world, sd, "one", "--bench", "pick", "hps", "--batch-size", "1")
     run("--bench", "pick", "hps")
     assert images(world / "one") == images(world / "two") and len(images(world / "two")) == 4 + 12 + 1

@@ -18,7 +18,7 @@ import tiny_models
 import torch
 from conftest import read_folder
 from safetensors.torch import load_file, save_file
-from test_train import FLAGS, command, read_log, run, same, straight  # noqa: F401  (straight is a fixture)
+from test_train import FLAGS, read_log, run, same, start, straight  # noqa: F401  (straight is a fixture)
 
 import build_pairs
 import common
@@ -27,8 +27,6 @@ import runs
 import train
 from common import checksum
 from pairs import shard_path
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def error_of(function):
@@ -329,27 +327,26 @@ def test_killed_at_every_single_file_operation_it_goes_on_to_the_same_result(sd,
 # ---- signals, lost processes, memory
 
 
-def wait_for_updates(out, count, process):
+def wait_for_updates(out, count, running):
     """Until the log has so many lines of updates."""
-    while process.poll() is None:
+    while running():
         if os.path.exists(out / "log.jsonl") and len((out / "log.jsonl").read_text().splitlines()) > count:
             return
         time.sleep(0.01)
-    raise AssertionError(process.communicate())
+    raise AssertionError("the run ended early")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags, processes", [([], 1), ([], 2), (["--fsdp"], 2)])
 def test_a_signal_saves_and_ends_and_the_run_goes_on_bit_for_bit(flags, processes, sd, pairs, tmp_path):
     out = tmp_path / "run"
-    start = command(sd, pairs, out, "--updates", "400", "--save-every", "399", *flags, processes=processes)
-    process = subprocess.Popen(start, env=ONE_THREAD, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    wait_for_updates(out, 3, process)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=50)
+    process = start(sd, pairs, out, "--updates", 400, "--save-every", 399, *flags, processes=processes)
+    wait_for_updates(out, 3, process.running)
+    for rank in range(processes):  # as torchrun does
+        process.signal(signal.SIGTERM, rank)
+    codes, said = process.wait()
     path, = runs.checkpoints(str(out))
     update = int(path[-9:-3])
-    assert f"stopped by a signal after update {update}: run the same command again to go on" in said and process.returncode != 0
+    assert f"stopped by a signal after update {update}: run the same command again to go on" in said and codes == [1] * processes
     assert update > 2 and not (out / "pipeline").exists()
     weights = run(sd, pairs, out, "--updates", update + 2)
     expected = run(sd, pairs, tmp_path / "straight", "--updates", update + 2)
@@ -359,19 +356,24 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on_bit_for_bit(flags, processe
         assert same(weights, expected, atol=1e-5, outliers=500)
 
 
-@pytest.mark.slow
+def test_torchrun_hands_a_signal_to_its_processes(sd, pairs, tmp_path):
+    flags = ["--model", sd, "--pairs", pairs, "--out", str(tmp_path), *FLAGS, "--updates", "400"]
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
+                                *map(str, flags)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for_updates(tmp_path, 1, lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=50)
+    assert "stopped by a signal after update" in said and process.returncode != 0 and runs.checkpoints(str(tmp_path))
+
+
 def test_a_lost_process_ends_the_others_within_a_minute_with_a_sentence(sd, pairs, straight, tmp_path):  # noqa: F811
-    process = subprocess.Popen(command(sd, pairs, tmp_path, "--updates", "5000", processes=2), env=ONE_THREAD,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    wait_for_updates(tmp_path, 5, process)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    victim, = [pid for pid in workers if b"RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read().replace(b"_RANK=", b"")]
+    process = start(sd, pairs, tmp_path, "--updates", 5000, processes=2)
+    wait_for_updates(tmp_path, 5, process.running)
     since = time.time()
-    os.kill(int(victim), signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert time.time() - since < 60 and process.returncode != 0
-    assert re.search("another process was lost|stopped by a signal", said)  # torchrun's signal may come first
-    assert "go on" in said.lower()
+    process.signal(signal.SIGKILL, rank=1)
+    codes, said = process.wait()
+    assert time.time() - since < 60 and codes == [1, -signal.SIGKILL]
+    assert "another process was lost" in said and "Go on from the newest checkpoint with the same command" in said
     update = int(runs.checkpoints(str(tmp_path))[0][-9:-3])
     run(sd, pairs, tmp_path, "--updates", update + 1)
     assert read_log(tmp_path)[-1]["update"] == update + 1
