@@ -63,6 +63,7 @@ GUIDANCE = 3  # guess: the reference's practical one, for the pairs and for the 
 CURVE = (1, 1.5, 2, 3, 4, 5, 7.5, 10)
 BEST_GUIDANCE = {"Reference": 5, "D-DPO": 5, "DDSPO": 4, "Rand-positive": 5, "Not-paired": 4}  # guesses, as SETTINGS
 UPDATES_OF_TUNING, PROMPTS, QUICK_PAIRS, FULL_PAIRS, SEEDS = 80, 400, 128, 1024, (0, 1, 2)
+STEPS = 25  # of sampling
 
 
 def command(script, *flags):
@@ -84,7 +85,8 @@ def make_pairs(home, rows, seed):
     """A pair store of these rows; its folder."""
     write_file(os.path.join(home, "rows.jsonl"), to_lines(rows))
     command(build_pairs, "--model", "shapes", "--prompts", os.path.join(home, "rows.jsonl"), "--out",
-            os.path.join(home, "pairs"), "--guidance", GUIDANCE, "--batch-size", 64, "--seed", (seed + 1) * 100_000)
+            os.path.join(home, "pairs"), "--steps", STEPS, "--guidance", GUIDANCE, "--batch-size", 64,
+            "--seed", (seed + 1) * 100_000)
     return os.path.join(home, "pairs")
 
 
@@ -104,7 +106,7 @@ def score(path, name, seed, guidance, batch=100):
         model, prompts, images = models.load(name), scored_prompts(seed), []
         for i in tqdm(range(0, len(prompts), batch), f"score {name}, guidance {guidance:g}"):
             captions = [p["caption"] for p in prompts[i:i + batch]]
-            images += evaluate.sample_images(model, captions, range(i, i + len(captions)), 25, guidance)
+            images += evaluate.sample_images(model, captions, range(i, i + len(captions)), STEPS, guidance)
         found = [world.verdict(world.find_objects(np.array(image)), p) for image, p in zip(images, prompts)]
         write_file(path, json.dumps(dict(correct=[v["correct"] for v in found], reason=[v["reason"] for v in found],
                                          frechet=frechet(*moments(model, np.stack(images)), *true_moments(seed)))))
@@ -285,7 +287,7 @@ def draw_images(folders, seed, path):
                                 layout="constrained")
     for row, (name, folder) in zip(axes, folders.items()):
         captions = [prompts[i]["caption"] for i in shown]
-        images = evaluate.sample_images(models.load(folder), captions, shown, 25, 1)
+        images = evaluate.sample_images(models.load(folder), captions, shown, STEPS, 1)
         for axis, i, image in zip(row, shown, images):
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])

@@ -38,7 +38,7 @@ def test_the_tokenizer_has_a_token_for_each_word():
 
 
 def test_a_training_that_was_stopped_continues_exactly(tmp_path):
-    def train(name, updates_of_each_go):
+    def train(name, updates_of_each_go, ends=(50,)):
         torch.manual_seed(0)
         net, x = torch.nn.Linear(3, 1), torch.arange(30.0).view(10, 3) / 30
 
@@ -49,14 +49,19 @@ def test_a_training_that_was_stopped_continues_exactly(tmp_path):
             i = torch.randint(10, (batch,), generator=rng)
             return (net(x[i]) - torch.randn(batch, 1, generator=rng)).square().mean()
 
-        for loss.left in updates_of_each_go:
-            try:
-                return shapes_reference.fit(net, loss, 50, 4, 1e-2, str(tmp_path / name), every=10).weight.detach()
-            except KeyboardInterrupt:
-                torch.nn.init.zeros_(net.weight)  # a new process would not have the weights either
+        for updates in ends:
+            for loss.left in updates_of_each_go:
+                try:
+                    average, state = shapes_reference.fit(net, loss, updates, 4, 1e-2, str(tmp_path / name), every=10)
+                except KeyboardInterrupt:
+                    torch.nn.init.zeros_(net.weight)  # a new process would not have the weights either
+        assert state["ends"] == list(ends)
+        return average.weight.detach()
 
     straight, stopped = train("straight", [-1]), train("stopped", [23, 20, -1])
     assert (straight == stopped).all()
+    longer = train("longer", [-1], (50, 70))
+    assert (train("stopped too", [30, -1], (50, 70)) == longer).all() and not (longer == straight).all()
 
 
 # ---- the model in weights/shapes
@@ -104,7 +109,7 @@ def small(tmp_path, monkeypatch, reference):
     """An empty folder to work in, with `reference` for the shipped one and all numbers small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(models.PRESETS, "shapes", reference)
-    small = dict(REFERENCE=reference, UPDATES_OF_TUNING=1, PROMPTS=20, QUICK_PAIRS=6, FULL_PAIRS=9, SEEDS=(0,))
+    small = dict(REFERENCE=reference, STEPS=2, UPDATES_OF_TUNING=1, PROMPTS=20, QUICK_PAIRS=6, FULL_PAIRS=9, SEEDS=(0,))
     for name, value in small.items():
         monkeypatch.setattr(shapes, name, value)
     return tmp_path
@@ -113,7 +118,7 @@ def small(tmp_path, monkeypatch, reference):
 def test_the_reference_is_written_in_half_precision_with_its_making(reference):
     with open(os.path.join(reference, "training.json"), encoding="utf-8") as file:
         training = json.load(file)
-    assert training["command"] == "python shapes.py --reference --updates 2" and training["images"] == 64
+    assert training["commands"] == ["python shapes.py --reference --updates 2"] and training["images"] == 64
     assert {x.dtype for x in load_file(os.path.join(reference, "unet", "diffusion_pytorch_model.safetensors")).values()} == {torch.float16}
     model = models.load(reference)
     assert model.latent_shape == (4, 8, 8) and model.net.dtype == torch.float32
