@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import operator
 import os
+import threading
 
 import matplotlib
 import numpy as np
@@ -223,8 +224,18 @@ def in_processes(jobs, chunk):
     small to share among threads, and threads that wait for one another come to a stop on a busy machine."""
     spawn = multiprocessing.get_context("spawn")  # the one way that every system has
     workers = min(os.cpu_count(), math.ceil(len(jobs) / chunk))
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, begin_worker) as pool:
         return list(tqdm(pool.map(operator.call, jobs, chunksize=chunk), "runs", len(jobs), leave=False))
+
+
+def begin_worker():
+    """One thread to compute, and one that ends this process when the program is killed."""
+    torch.set_num_threads(1)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def run_all(settings, seeds):

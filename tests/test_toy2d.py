@@ -3,7 +3,10 @@
 import functools
 import itertools
 import math
+import os
+import time
 
+import launch
 import matplotlib.image
 import numpy as np
 import pytest
@@ -188,6 +191,27 @@ def test_a_run_tunes_with_its_own_pairs_and_setting(monkeypatch):
 def test_jobs_come_back_in_order_from_processes_of_one_thread():
     jobs = [functools.partial(max, 1, 2), functools.partial(max, 1, 0), torch.get_num_threads]
     assert toy2d.in_processes(jobs, 2) == [2, 1, 1]
+
+
+def say_pid_and_sleep(folder):
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def test_a_program_that_is_killed_leaves_no_process_behind(tmp_path):
+    jobs = [functools.partial(say_pid_and_sleep, tmp_path)] * 2
+    program = launch.context.Process(target=toy2d.in_processes, args=(jobs, 1))
+    program.start()
+    while not os.listdir(tmp_path) and program.is_alive():
+        time.sleep(0.05)
+    pids = [int(name) for name in os.listdir(tmp_path)]
+    assert pids and all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    program.kill()
+    program.join()
+    end = time.time() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.time() < end
+        time.sleep(0.05)
 
 
 def test_scores_of_known_samples():
