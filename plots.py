@@ -36,30 +36,45 @@ def wrapped(text):
     return "\n".join(textwrap.wrap(text or "", 34, max_lines=5))
 
 
+CURVES = [  # of a run's log: the columns of a panel, its title, the unit of its y axis
+    (["loss"], "loss: lower is better", "mean over an update's pairs"),
+    (["winner", "loser"], "distance to the target, less that of the reference", "mean squared error"),
+    (["accuracy"], "preferred as they should be: higher is better, 0.5 is chance", "share of an update's pairs"),
+    (["logit_quantiles"], "preferred by how much: higher is better", "logit"),
+    (["winner_by_t", "loser_by_t"], "the same distances at the end of the run", "mean squared error"),
+    (["drift"], "how far the student is from the reference", "mean squared difference"),
+    (["grad_norm"], "gradient, before it is clipped to 1", "norm"),
+    (["lr"], "learning rate", "")]
+WORDS = dict(winner="winner: lower is better", loser="loser: higher is better")
+
+
 def draw_curves(path):
     """Draws the curves of the log.jsonl that train.py wrote as curves.png beside it."""
+    rows = [row for _, row in json_lines(path)]
     try:
-        rows = [row for _, row in json_lines(path) if row["update"] > 0]
-    except (KeyError, TypeError):
+        rows = [row for row in rows if row["update"] > 0]
+        panels = [panel for panel in CURVES if panel[0][0] in rows[0]] if rows else []
+        columns = {name: np.array([row[name] for row in rows], float) for names, *_ in panels for name in names}
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} has a line that train.py did not write.") from None
     if not rows:
         raise UserError(f"{path} has no update in it yet.")
-    panels = [["loss"], ["winner", "loser"], ["accuracy"], ["logit_quantiles"], ["winner_by_t", "loser_by_t"],
-              ["drift"], ["grad_norm"], ["lr"]]
-    panels = [panel for panel in panels if panel[0] in rows[0]]
-    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(14, 6), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes.flat, panels):
-        for name in panel:
-            values = np.array([row[name] for row in rows], float)  # None, where a band had no pair, becomes nan
+    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(16, 7), layout="constrained", squeeze=False)
+    for axis, (names, title, unit) in zip(axes.flat, panels):
+        for name in names:
+            values, label = columns[name], WORDS.get(name.removesuffix("_by_t"))
             if name.endswith("_by_t"):  # the mean of the last tenth of the run, over the bands of time steps
-                last = np.ma.masked_invalid(values[-max(1, len(rows) // 10):])
-                axis.plot((np.arange(last.shape[1]) + 0.5) / last.shape[1], last.mean(0), ".-", label=name)
+                last = np.ma.masked_invalid(values[-max(1, len(rows) // 10):])  # a band without a pair has none
+                axis.plot((np.arange(last.shape[1]) + 0.5) / last.shape[1], last.mean(0), ".-", label=label)
                 axis.set_xlim(0, 1)
             else:
-                axis.plot([row["update"] for row in rows], values, label=name)
-        axis.set(title=", ".join(panel), xlabel="t / T, end of the run" if name.endswith("_by_t") else "update")
-        if len(panel) > 1 or values.ndim > 1:
-            axis.legend(["5 %", "25 %", "50 %", "75 %", "95 %"] if name == "logit_quantiles" else panel, fontsize=7)
+                axis.plot([row["update"] for row in rows], values, label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set(xlabel="t / T (0: least noise)" if name.endswith("_by_t") else "update", ylabel=unit)
+        axis.ticklabel_format(axis="y", useOffset=False)
+        if label or values.ndim > 1:
+            shares = [f"{share} % of the pairs are below" for share in (5, 25, 50, 75, 95)]
+            axis.legend(*[] if label else [shares], fontsize=7)
     for axis in axes.flat[len(panels):]:
         axis.remove()
     save_figure(figure, os.path.join(os.path.dirname(path), "curves.png"))

@@ -9,22 +9,30 @@ Files appear whole or not at all. A stopped run goes on from its newest undamage
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import pickle
 import shutil
+import socket
 import sys
+import time
 import zipfile
 
 import numpy as np
 import psutil
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 import models
-from common import UserError, write_file
+import plots
+from common import UserError, checksum, write_file
 
 BANDS = 10  # of time steps, in the log
+FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", "batch_size", "precision", "seed")
 
 # ---- checkpoints
 
@@ -49,7 +57,8 @@ def save_checkpoint(folder, identity, net, optimizer, scaler, rank, fsdp, update
             torch.save(dict(identity=identity, update=update, net=state, optimizer=optimizer_state,
                             scaler=scaler.state_dict()), path + ".partial")
         except RuntimeError as error:  # this is how torch reports a full disk
-            raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+            raise OSError(f"{path} could not be written, perhaps because the disk is full "
+                          f"({str(error).splitlines()[0]})") from error
         os.replace(path + ".partial", path)
         for old in checkpoints(folder)[2:]:
             os.remove(old)
@@ -61,28 +70,77 @@ def checkpoints(folder):
     return sorted(filter(os.path.isfile, paths), reverse=True)
 
 
+def identity_of(args, store, model):
+    """What must be the same when a run is continued: some flags, and the checksums of its pairs and of the weights that
+    it starts from, under names that say what is wrong where they differ."""
+    files = {"other pairs": [store.meta["table"], *store.meta["checksums"]]}
+    for role, path in dict(winner=args.winner, loser=args.loser).items():
+        if path:
+            folder = path if os.path.isfile(os.path.join(path, models.LORA)) else models.find(path)[0]
+            weights = glob.glob(os.path.join(glob.escape(folder), "**", "*.safetensors"), recursive=True)
+            files[f"other weights of --{role}"] = [*map(checksum, sorted(weights))]
+    if args.winner and files["other weights of --winner"] == files["other weights of --loser"]:
+        raise UserError(f"--winner {args.winner} and --loser {args.loser} are the same policy: there is no preference.")
+    sums = {name: hashlib.sha256("".join(parts).encode()).hexdigest() for name, parts in files.items()}
+    sums["other weights of --model"] = models.fingerprint(model)
+    return {name: getattr(args, name) for name in FLAGS} | sums
+
+
 def load_checkpoint(folder, identity, net, optimizer, scaler):
     """Continues from the newest undamaged checkpoint, if there is one. Returns the number of updates done. Raises
-    UserError if the run in the folder is another one: if its identity, a dict, differs."""
-    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    UserError if the run in the folder is another one, if its identity, a dict, differs, or if the processes do not all
+    find the same."""
+    trained, state = {name: p for name, p in net.named_parameters() if p.requires_grad}, None
     for path in checkpoints(folder):
-        state, damage = read_checkpoint(path, trained)
-        if damage:
-            print(f"{path} is damaged ({damage}) and is passed over.", file=sys.stderr)
-            continue
-        for name, value in identity.items():
-            if state["identity"].get(name) != value:
-                raise UserError(f"the run in {folder} was begun with {name} {state['identity'].get(name)}, not "
-                                f"{value}: continue it with the same flags and pairs, or give another --out.")
-        set_state_dict(net, optimizer, model_state_dict=state["net"], optim_state_dict=state["optimizer"],
-                       options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False))
-        scaler.load_state_dict(state["scaler"])
-        return state["update"]
-    for name in ("pipeline", "lora"):
-        if os.path.exists(os.path.join(folder, name)):
-            raise UserError(f"{os.path.join(folder, name)} is a result without a checkpoint, and would be replaced: "
-                            "give another --out.")
-    return 0
+        state, damage = read_checkpoint(path, trained.keys())
+        if state:
+            break
+        print(f"{path} is damaged ({damage}) and is passed over.", file=sys.stderr)
+    agree(dict(identity, out=f"{folder} after update {state['update'] if state else 0}"))
+    if not state:
+        for name in ("pipeline", "lora"):
+            if os.path.exists(os.path.join(folder, name)):
+                raise UserError(f"{os.path.join(folder, name)} is a result without a checkpoint, and would be "
+                                "replaced: give another --out.")
+        return 0
+    for name, value in identity.items():
+        found = state["identity"].get(name)
+        if found != value:
+            raise UserError(f"the run in {folder} was begun with {differs(name, found, value)}: continue it with the "
+                            "same flags, models and pairs, or give another --out.")
+    for name, p in trained.items():  # one tensor after another, so that none is on the GPU twice
+        p.data.copy_(shard_like(state["net"][name], p))
+        optimizer.state[p] = {key: x.to(p.device, copy=True) if key == "step" else shard_like(x, p)
+                              for key, x in state["optimizer"]["state"][name].items()}
+    scaler.load_state_dict(state["scaler"])
+    return state["update"]
+
+
+def shard_like(x, p):
+    """A copy of a tensor where the parameter p is: with FSDP, this process's share of it."""
+    x = x.to(p.device, copy=True)
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
+
+
+def differs(name, found, value):
+    """What differs, in words: the name of a flag with its two values, or of files, whose checksums say nothing."""
+    return name if name.startswith("other ") else f"{name} {found}, not {value}"
+
+
+def agree(mine):
+    """Raises UserError if another process has other values in its dict than the first: if the machines see other
+    files, they would add up gradients of different runs."""
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), mine))
+    (first_host, first), *_ = everyone
+    for rank, (host, its) in enumerate(everyone):
+        for name, value in its.items():
+            if value != first[name]:
+                raise UserError(f"process {rank} on {host} and process 0 on {first_host} do not see the same: "
+                                f"{differs(name, value, first[name])}. --out, --pairs and the models must be the same "
+                                "files for all.")
 
 
 def read_checkpoint(path, trained):
@@ -97,7 +155,7 @@ def read_checkpoint(path, trained):
         return None, damage
     if not isinstance(state, dict) or not {"identity", "update", "net", "optimizer", "scaler"} <= state.keys():
         return None, "it is another torch file"
-    missing = sorted(trained - state["net"].keys())
+    missing = sorted(trained - (state["net"].keys() & state["optimizer"]["state"].keys()))
     return (None, f"it lacks the weights {missing[:3]}") if missing else (state, "")
 
 
@@ -106,7 +164,7 @@ def read_checkpoint(path, trained):
 
 def export(folder, flags, model, state):
     """Writes the tuned pipeline as a diffusers folder in float32, or the adapter as the pipeline's load_lora_weights
-    reads it, with the run's flags in training.json."""
+    reads it, with the run's flags in training.json. Returns the folder."""
     lora = hasattr(model.net, "peft_config")
     folder = os.path.join(folder, "lora" if lora else "pipeline")
     shutil.rmtree(folder + ".partial", ignore_errors=True)
@@ -118,12 +176,26 @@ def export(folder, flags, model, state):
         tuned.net.load_state_dict(state)
         tuned.pipe.save_pretrained(folder + ".partial")
     note = os.path.join(folder + ".partial", "training.json")
-    write_file(note, json.dumps(flags, indent=1) + "\n")
+    more = dict(preset=models.preset_of(flags["model"]), prediction_type=model.prediction_type)
+    write_file(note, json.dumps(flags | more, indent=1) + "\n")
     for path in glob.glob(os.path.join(glob.escape(folder + ".partial"), "**", "*.safetensors"), recursive=True):
         shutil.copymode(note, path)  # safetensors makes files that only their writer may read
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(folder + ".partial", folder)
     print(f"wrote {folder}")
+    return folder
+
+
+def finish(args, result):
+    """Draws the log, which is worth less than the result, and says how to go on."""
+    try:
+        plots.draw_curves(os.path.join(args.out, "log.jsonl"))
+    except (OSError, UserError) as error:
+        print(f"curves.png was not drawn ({error}): the same command does it when this is solved.", file=sys.stderr)
+    if args.objective == "sft":
+        print("next, when both sides are trained:  torchrun train.py with both results as --winner and --loser")
+    else:
+        print(f"next:  python evaluate.py grid --models {args.model} {result} --prompts prompts.txt")
 
 
 # ---- the log
@@ -131,15 +203,24 @@ def export(folder, flags, model, state):
 
 def open_log(folder, update, first_row, tensorboard):
     """log.jsonl, opened to go on after this update: a new one begins with first_row, and lines of later updates are
-    taken out. Beside it TensorBoard's writer, or a context of None."""
-    path, lines = os.path.join(folder, "log.jsonl"), [json.dumps(first_row) + "\n"]
-    if update > 0:
+    taken out. One that is damaged is moved aside. Beside it TensorBoard's writer, or a context of None."""
+    path, lines = os.path.join(folder, "log.jsonl"), []
+    try:
         with open(path, encoding="utf-8") as file:
             lines = [line for line in file if line.endswith("\n") and json.loads(line)["update"] <= update]
-    write_file(path, "".join(lines))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        os.replace(path, path + ".damaged")
+        print(f"{path} is not a log of train.py, or is damaged: it is now {path}.damaged, and a new one is begun.",
+              file=sys.stderr)
+    write_file(path, "".join(lines if update > 0 and lines else [json.dumps(first_row) + "\n"]))
     board = contextlib.nullcontext()
     if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # here, since few need it
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # here, since few need it
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
         board = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=update + 1)
     return open(path, "a", encoding="utf-8"), board
 
@@ -160,13 +241,31 @@ def log_row(update, columns, num_train_timesteps, **more):
 
 
 def show(log, board, bar, row):
-    """Adds a row to the log, to TensorBoard and to the bar."""
+    """Adds a row to the log and to TensorBoard, and shows some of it beside the bar."""
     log.write(json.dumps(row) + "\n")
     log.flush()
     for name, values in row.items() if board else ():
         for i, value in enumerate(values if isinstance(values, list) else [values]):
             if value is not None:
                 board.add_scalar(f"{name}/{i}" if isinstance(values, list) else name, value, row["update"])
-    shown = ("loss", "accuracy", "winner", "loser", "pairs_per_second")
-    bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
-    bar.update()
+    shown = {name: f"{row[name]:.3g}" for name in ("loss", "accuracy", "winner", "loser") if name in row}
+    bar.set_postfix(dict(update=row["update"]) | shown)
+
+
+def say_cost(args, update, pairs, loss, began):
+    """Says, after the first micro-batch of so many pairs, what the run will cost."""
+    loss.sum().item()  # waits for the GPU
+    minutes = args.batch_size / pairs * (time.perf_counter() - began) / 60
+    tqdm.write(f"an update takes about {minutes:.2g} minutes, and the rest of the run "
+               f"{(args.updates - update) * minutes / 60:.2g} hours", file=sys.stderr)
+
+
+def oddities(columns, size):
+    """What is strange about an update, a sentence each. `size` is the mean square of the reference's prediction."""
+    if (columns["loss"] == 0).all():
+        yield "note: every loss of an update is 0, so that nothing more is learned: take a smaller --beta or --lr"
+    if (columns["loss"] > 10).all():
+        yield "note: every loss of an update is above 10, and it began at 0.69: take a smaller --beta or --lr"
+    if size and columns["drift"].mean() > size:
+        yield ("note: the student is further from the reference than the reference's prediction is from 0: take a "
+               "smaller --lr or fewer --updates")

@@ -16,8 +16,6 @@ pipeline/, a diffusers folder, or lora/, for load_lora_weights.
 import contextlib
 import copy
 import functools
-import glob
-import hashlib
 import math
 import os
 import signal
@@ -26,15 +24,17 @@ import time
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import models
 import plots
 import runs
-from common import UserError, checksum, processes, program
-from experiments import find_row, parse
+from common import UserError, processes, program
+from experiments import announce, parse
 from loss import ddspo_loss, diffusion_dpo_loss, dspo_loss, preference_loss
 from pairs import PairStore, misfit
 
@@ -42,8 +42,6 @@ WEIGHT_DECAY = 1e-2  # of AdamW (the authors' released scripts)
 MAX_GRAD_NORM = 1.0  # guess: the default of the diffusers examples
 FIRST_SCALE, GROW_AFTER = 2.0**5, 100  # guess: fp16's loss scale, and after how many good updates it is doubled
 HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
-IDENTITY = ("model", "objective", "side", "winner", "loser", "negatives", "lora_rank", "beta", "lr", "warmup",
-            "batch_size", "precision", "seed")  # flags that must not change when a run is continued
 
 # ---- what update u sees: the run reads epoch after epoch, each a new order of all pairs
 
@@ -82,8 +80,10 @@ def micro_batch(store, model, args, some, device):
     tensors = [torch.stack(x_0_w), torch.stack(x_0_l), torch.tensor(t), torch.stack(eps)]
     if device.type == "cuda":  # so that the copies do not wait for the GPU's work
         tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
-    perturbed = args.objective == "ddspo" and not args.winner
-    return model.encode(c), model.encode(c_minus) if perturbed else None, *tensors
+    if args.objective != "ddspo" or args.winner:
+        return model.encode(c), None, *tensors
+    both = {name: x.chunk(2) for name, x in model.encode(c + c_minus).items()}  # in one pass, for a GPU waits for each
+    return *({name: halves[i] for name, halves in both.items()} for i in range(2)), *tensors
 
 
 # ---- the step
@@ -145,21 +145,23 @@ def make_policies(args, model):
 def precision(device, name):
     """Student and reference run in this precision: half by autocast from the same weights, with norms in float32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums in float32
     with torch.autocast(device.type, HALF.get(name), enabled=name in HALF):
         yield
 
 
 @torch.no_grad()
 def noise_floor(args, model, ref, batch, device):
-    """By how much rounding alone lowers a logit of Eq. 7. The winner's target is the reference's own prediction, so an
-    error e of (eps_theta - eps_ref) enters squared, -beta/2 mean(e^2), and e^2 is up to twice that of one network."""
+    """By how much rounding alone lowers a logit of Eq. 7, and the mean square of the reference's prediction. The
+    winner's target is the reference's own prediction, so an error e of (eps_theta - eps_ref) enters squared, -beta/2
+    mean(e^2), and e^2 is up to twice that of one network."""
     c, _, x_0_w, _, t, eps = batch
     x_t = model.noise(x_0_w, t, eps)
     with precision(device, "fp32"):
         exact = model.predict(ref, x_t, t, c).float()
     with precision(device, args.precision):
         e = model.predict(ref, x_t, t, c).float() - exact
-    return args.beta * (model.weight(t) * e.square().flatten(1).mean(1)).mean().item()
+    return args.beta * (model.weight(t) * e.square().flatten(1).mean(1)).mean().item(), exact.square().mean().item()
 
 
 def halve(net, dtype):
@@ -184,13 +186,16 @@ def shard_weights(net):
 @program
 def main(argv=None):
     args = parse(argv)
-    with processes(args.out, hours=0.5) as (rank, world, device), contextlib.ExitStack() as stack:  # guess
-        store = open_store(args)
-        half = HALF.get(args.precision, torch.float32) if device.type == "cuda" else torch.float32
+    signals = []
+    with (handling(signals, at_once=True), processes(args.out, hours=0.5) as (rank, world, device),  # guess
+          contextlib.ExitStack() as stack):
+        store, gpu = open_store(args), device.type == "cuda"
+        half = HALF.get(args.precision or "fp16", torch.float32) if gpu else torch.float32
         model = models.load(args.model, device, half, torch.float32, "cpu" if args.fsdp else None)
+        args.precision = args.precision or ("fp32" if not gpu else "bf16" if model.stored == "BF16" else "fp16")
         check_pairs(args, store, model)
         policies, networks = make_policies(args, model)
-        net, world_mean = model.net, world if args.fsdp else 1  # FSDP2 takes the mean over processes, not the sum
+        net, floor, size = model.net, None, None
         if args.fsdp:  # moves each share to its device
             for network in networks:
                 shard_weights(network)
@@ -200,83 +205,115 @@ def main(argv=None):
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
         scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, growth_interval=GROW_AFTER,
                                       enabled=args.precision == "fp16")
-        identity = identity_of(args, store)
-        update, floor = runs.load_checkpoint(args.out, identity, net, optimizer, scaler), None
+        identity = runs.identity_of(args, store, model)
+        start = update = runs.load_checkpoint(args.out, identity, net, optimizer, scaler)
         if update > args.updates:
             raise UserError(f"the run in {args.out} has {update} updates, more than --updates {args.updates}: give "
                             "more, or another --out.")
         if args.objective != "sft":
             first = micro_batch(store, model, args, slots(len(store), args.seed, 0, args.micro_batch), device)
-            floor = noise_floor(args, model, policies["ref"], first, device)
-        for network in networks:
-            if args.precision in HALF and not args.fsdp:
-                halve(network, HALF[args.precision])
-            if args.compile:
-                network.compile()
+            floor, size = noise_floor(args, model, policies["ref"], first, device)
+            del first
+        prepare(args, networks)
         save = functools.partial(runs.save_checkpoint, args.out, identity, net, optimizer, scaler, rank, args.fsdp)
         if rank == 0:
-            announce(args, update, floor, len(store), world)
+            announce(args, model, store, update, floor, world)
             first_row = dict(update=0, noise_floor=floor, precision=args.precision)
             log, board = map(stack.enter_context, runs.open_log(args.out, update, first_row, args.tensorboard))
         names = ["t", "loss"]
         if args.objective != "sft":
             names += ["logit", "winner", "loser", "accuracy", "drift"]
-        signals = stack.enter_context(hold_signals())
-        bar = stack.enter_context(tqdm(desc="train", initial=update, total=args.updates, disable=rank > 0))
+        # fp16: the loss is the mean over a micro-batch, so that no overflow depends on how an update is divided. FSDP2
+        # takes the mean over processes too. Each gradient is then multiplied to be the mean over the update.
+        share = args.micro_batch if scaler.is_enabled() else 1
+        pairs_in_grad = args.batch_size / share / (world if args.fsdp else 1)
+        once = functools.cache(functools.partial(tqdm.write, file=sys.stderr))  # says each sentence once
 
-        while update < args.updates:
-            began, batch = time.perf_counter(), slots(len(store), args.seed, update, args.batch_size)
-            mine, record = batch[rank::world], torch.zeros(args.batch_size, len(names), device=device)  # a row a pair
-            optimizer.zero_grad()
-            for k in range(0, len(mine), args.micro_batch):
-                if signals and rank == 0 and not args.fsdp:  # the weights are still those after the last update
-                    stop(save, update)
-                part = micro_batch(store, model, args, mine[k:k + args.micro_batch], device)
-                with precision(device, args.precision):
-                    loss, info = step_loss(model, policies, *part, args.objective, args.beta, args.side)  # (B,)
-                scaler.scale(world_mean * loss.sum()).backward()
-                info = dict(info, t=part[4])
-                record[rank::world][k:k + len(loss)] = torch.stack([info[name] for name in names], 1)
+        with handling(signals, at_once=False), tqdm(
+                desc="train", unit=" pairs", initial=update * args.batch_size, total=args.updates * args.batch_size,
+                disable=rank > 0) as bar:
+            while update < args.updates:
+                began, batch = time.perf_counter(), slots(len(store), args.seed, update, args.batch_size)
+                mine = batch[rank::world]
+                record = torch.zeros(args.batch_size, len(names), device=device)  # a row a pair
+                optimizer.zero_grad()
+                for k in range(0, len(mine), args.micro_batch):
+                    if k < args.batch_size // world and any_process(signals):  # all processes have this micro-batch
+                        stop(save, update)  # the weights are still those after the last update
+                    part = micro_batch(store, model, args, mine[k:k + args.micro_batch], device)
+                    with precision(device, args.precision):
+                        loss, info = step_loss(model, policies, *part, args.objective, args.beta, args.side)  # (B,)
+                    scaler.scale(loss.sum() / share).backward()
+                    info = dict(info, t=part[4])
+                    record[rank::world][k:k + len(loss)] = torch.stack([info[name] for name in names], 1)
+                    bar.update(min(world * len(loss), (update + 1) * args.batch_size - bar.n))
+                    if k == 0 and update == start and rank == 0 and len(store) < args.batch_size:
+                        runs.say_cost(args, update, world * len(loss), loss, began)
+                    if k == 0 and update == 0 and scaler.is_enabled() and any_process(overflowed(parameters)):
+                        break  # and not after all the others
 
-            asked = torch.tensor(float(len(signals)), device=device)
-            if world > 1:  # once an update, after the last micro-batch
-                add_up([record, asked] if args.fsdp else [record, asked, *[p.grad for p in parameters]])
-            scaler.unscale_(optimizer)
-            for p in parameters:
-                p.grad /= args.batch_size
-            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-            norm = norm.full_tensor() if args.fsdp else norm
-            norm, asked = torch.stack([norm, asked]).tolist()  # waits for the GPU
-            columns = dict(zip(names, record.cpu().numpy().T))  # {name: (batch_size,)}
-            check_update(args, store, update, batch, columns, norm, floor, scaler)
-            if not math.isfinite(norm):  # fp16 overflowed: the same update is done again with half the loss scale
+                if world > 1:  # once an update, after the last micro-batch
+                    add_up([record] if args.fsdp else [record, *[p.grad for p in parameters]])
+                scaler.unscale_(optimizer)
+                for p in parameters:
+                    p.grad /= pairs_in_grad
+                norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+                norm = (norm.full_tensor() if args.fsdp else norm).item()  # waits for the GPU
+                columns = dict(zip(names, record.cpu().numpy().T))  # {name: (batch_size,)}
+                check_update(args, store, update, batch, columns, norm, floor, scaler)
+                if not math.isfinite(norm):  # fp16 overflowed: the same update is done again with half the loss scale
+                    scaler.update()
+                    if rank == 0:
+                        tqdm.write(f"update {update + 1} overflowed and is done again with loss scale "
+                                   f"{scaler.get_scale():g}", file=sys.stderr)
+                    continue
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * min(1, (update + 1) / max(args.warmup, 1))  # linear warm-up, then constant
+                scaler.step(optimizer)
                 scaler.update()
-                if rank == 0:
-                    tqdm.write(f"update {update + 1} overflowed and is done again with loss scale "
-                               f"{scaler.get_scale():g}", file=sys.stderr)
-                continue
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (update + 1) / max(args.warmup, 1))  # linear warm-up, then constant
-            scaler.step(optimizer)
-            scaler.update()
-            update += 1
+                update += 1
 
-            if rank == 0:
-                speed = args.batch_size / (time.perf_counter() - began)
-                runs.show(log, board, bar, runs.log_row(
-                    update, columns, model.num_train_timesteps, lr=group["lr"], grad_norm=norm,
-                    loss_scale=scaler.get_scale(), pairs_per_second=speed))
-            if rank == 0 and args.preview and update % args.preview == 0:
-                preview(args, model, policies, store, update, device)
-            if asked:
-                stop(save, update)
-            if update % args.save_every == 0 or update == args.updates:
-                save(update)
-        bar.close()
+                if rank == 0:
+                    speed = args.batch_size / (time.perf_counter() - began)
+                    runs.show(log, board, bar, runs.log_row(
+                        update, columns, model.num_train_timesteps, lr=group["lr"], grad_norm=norm,
+                        loss_scale=scaler.get_scale(), pairs_per_second=speed))
+                    for oddity in runs.oddities(columns, size):
+                        once(oddity)
+                if rank == 0 and args.preview and update % args.preview == 0:
+                    preview(args, model, policies, store, update, device)
+                if update % args.save_every == 0 or update == args.updates:
+                    save(update)
         state = runs.trained_state(net)[0] if rank == 0 or args.fsdp else None
         if rank == 0:
-            runs.export(args.out, vars(args), model, state)
-            plots.draw_curves(os.path.join(args.out, "log.jsonl"))
+            runs.finish(args, runs.export(args.out, vars(args), model, state))
+
+
+def prepare(args, networks):
+    """The last changes to the networks, once the exact weights are needed no more."""
+    for network in networks:
+        if args.precision in HALF and not args.fsdp:
+            halve(network, HALF[args.precision])
+        if args.compile:  # the backward is traced too, and SANA's would be cast to fp16 and overflow there
+            torch._functorch.config.backward_pass_autocast = "off"
+            network.compile()
+        if not args.lora_rank and not args.fsdp:
+            # torch takes mm or bmm by this, and the reference must take what the student takes. It is not trained: the
+            # optimizer does not have it, and it runs without gradients. (With FSDP, autocast would copy its weights.)
+            network.requires_grad_(True)
+
+
+def any_process(true):
+    """Whether something is true in any process. All of them must ask."""
+    found = torch.tensor(float(bool(true)))  # on the CPU, so that no GPU is waited for
+    if dist.is_initialized():
+        add_up([found])
+    return found.item() > 0
+
+
+def overflowed(parameters):
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    return not math.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def add_up(tensors):
@@ -290,12 +327,17 @@ def add_up(tensors):
 
 
 @contextlib.contextmanager
-def hold_signals():
-    """Gives a list to which SIGTERM and SIGINT are added, in place of what they do otherwise."""
-    came = []
-    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+def handling(signals, at_once):
+    """Adds SIGTERM and SIGINT to a list when they come, in place of what they do otherwise, and ends the program at
+    once or leaves that to who reads the list. (A library that is being imported may swallow the end.)"""
+    def handle(number, _):
+        signals.append(number)
+        if at_once:
+            raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -311,21 +353,22 @@ def stop(save, update):
 def check_update(args, store, update, batch, columns, norm, floor, scaler):
     """Raises UserError, before anything of an update is kept, if it is not sound: if a loss or the gradient is not
     finite, or if the run's first logits are not 0, as they are where the student is the reference."""
-    where = f"The newest checkpoint in {args.out} is from before this update."
-    bad = [store.rows[pair]["id"] for (_, pair), ok in zip(batch, np.isfinite(columns["loss"])) if not ok]
-    if bad:
-        raise UserError(f"update {update + 1}: the loss of the pairs {bad[:10]} is not finite. {where} Lower --lr, or "
-                        "make the pairs without these prompts.")
-    if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-        raise UserError(f"update {update + 1}: the gradient is not finite, though each loss is. {where} Lower --lr, or "
-                        "take --precision tf32 or fp32.")
+    bad = [pair for (_, pair), ok in zip(batch, np.isfinite(columns["loss"])) if not ok]
+    if bad or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
+        ids = [store.rows[pair]["id"] for pair in bad[:10]]
+        ways = ["lower --lr"] * (update > 0) + ["take --precision fp32"] * (args.precision in HALF)
+        if not all(x.isfinite().all() for pair in bad for x in store[pair][1:] if x is not None):
+            ways = ["make these pairs again, for their latents are not finite either"]
+        raise UserError(f"update {update + 1}: " + (f"the loss of the pairs {ids} is not finite" if bad else
+                        "the gradient is not finite, though each loss is") + ". Nothing of this update is kept: "
+                        + (" or ".join(ways) or "the model or the pairs must be damaged") + ".")
     if update == 0 and "logit" in columns and not abs(columns["logit"].mean()) < 0.05 + 4 * floor:  # guess
         raise UserError("before the first update the student must be the reference and every logit 0, but their mean "
                         f"is {columns['logit'].mean():.3g}, where rounding explains {floor:.2g}: the two differ, in "
                         "weights or by dropout.")
 
 
-# ---- the pairs, and what the user sees
+# ---- the pairs and the pictures
 
 
 def open_store(args):
@@ -348,34 +391,6 @@ def check_pairs(args, store, model):
                         "diffusion-dpo or dspo, or --winner and --loser (Eq. 6).")
     if misfit(store.meta, model):
         raise UserError(f"--pairs {args.pairs}: {misfit(store.meta, model)}")
-
-
-def identity_of(args, store):
-    """What must be the same when a run is continued: its flags, its pairs and the weights of its policies."""
-    files = [path for folder in (args.winner, args.loser) if folder for path in
-             sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.safetensors"), recursive=True))]
-    pairs = hashlib.sha256("".join([store.meta["table"], *store.meta["checksums"]]).encode()).hexdigest()
-    return {name: getattr(args, name) for name in IDENTITY} | dict(store=pairs, policies=[*map(checksum, files)])
-
-
-def announce(args, update, floor, pairs, world):
-    """Prints what the run will do."""
-    parts = math.ceil(args.batch_size / world / args.micro_batch)
-    row = find_row(args)
-    print(f"{args.objective} on {pairs} pairs, from update {update} of {args.updates} ({args.batch_size} pairs each, "
-          f"{args.updates * args.batch_size / pairs:.3g} epochs); on each of {world} processes {parts} micro-batches "
-          f"of up to {args.micro_batch}; " + (f"beta {args.beta:g}, " if args.beta else "") + f"lr {args.lr:g} after "
-          f"{args.warmup} updates of warm-up; {args.precision}; defaults "
-          + (f"of the experiment {' '.join(row)}" if row else "of no experiment of the paper"))
-    if pairs < args.batch_size:
-        print(f"note: {pairs} pairs are fewer than a batch: an update sees each {args.batch_size / pairs:.3g} times, "
-              "with another t and noise each time", file=sys.stderr)
-    if floor is not None:
-        print(f"rounding in {args.precision} lowers each logit by about {floor:.2g}")
-        if floor > 0.05:
-            better = "tf32 or fp32" if args.precision == "fp16" else "fp16 or tf32"
-            print(f"note: that is more than 0.05 and hides small preferences: take --precision {better}, or a smaller "
-                  "--beta", file=sys.stderr)
 
 
 def preview(args, model, policies, store, update, device):

@@ -177,9 +177,29 @@ def test_policies_that_were_replaced_are_noticed(sd, pairs, tmp_path):
         train.main(["--model", sd, "--pairs", pairs, "--out", str(tmp_path / side), "--objective", "sft", "--side", side, "--batch-size", "2", "--warmup", "0", *flags])
     policies = ["--winner", str(tmp_path / "w" / "lora"), "--loser", str(tmp_path / "l" / "lora")]
     run(sd, pairs, tmp_path / "run", *flags, *policies)
-    for name in ("lora/pytorch_lora_weights.safetensors",):
-        shutil.copy(tmp_path / "l" / name, tmp_path / "w" / name)
-    assert "begun with policies" in error_of(lambda: run(sd, pairs, tmp_path / "run", *flags, *policies))
+    moved = shutil.move(tmp_path / "l" / "lora", tmp_path / "moved")
+    before = policies[:-1] + [str(moved)]
+    run(sd, pairs, tmp_path / "run", *flags, *before)  # it is the same wherever it is
+    shutil.move(tmp_path / "w" / "lora", tmp_path / "l" / "lora")
+    shutil.move(moved, tmp_path / "w" / "lora")
+    assert "was begun with other weights of --winner: continue" in error_of(lambda: run(sd, pairs, tmp_path / "run", *flags, *policies))
+    same_policy = ["--winner", str(tmp_path / "w" / "lora"), "--loser", str(tmp_path / "w") + "/../w/lora"]
+    assert "are the same policy: there is no preference" in error_of(lambda: run(sd, pairs, tmp_path / "other", *flags, *same_policy))
+
+
+def test_adapters_that_do_not_fit_are_refused(sd, pairs, family_folders, tmp_path):
+    flags = ["--updates", "1", "--lora-rank", "2"]
+    assert "--lora-rank 17 is above the width of this model's narrowest projection: take 16 or less" in error_of(
+        lambda: run(sd, pairs, tmp_path / "w", "--updates", 1, "--lora-rank", 17))
+    run(sd, pairs, tmp_path / "w", *flags, objective="diffusion-dpo")
+    adapter, note = str(tmp_path / "w" / "lora"), tmp_path / "w" / "lora" / "training.json"
+    model = models.load(family_folders["sd2"])
+    with pytest.raises(common.UserError, match="--winner .* is an adapter of a model that predicts epsilon, not v_prediction"):
+        models.load_policy(adapter, "winner", model.net, model)
+    for text, said in (("{", "training.json is not valid JSON"), ("[]", "training.json cannot be loaded"), ("{}", "without a training.json that names")):
+        note.write_text(text)
+        with pytest.raises(common.UserError, match=said):
+            models.load(adapter)
 
 
 @pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3"])
@@ -341,8 +361,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on_bit_for_bit(flags, processe
     out = tmp_path / "run"
     process = start(sd, pairs, out, "--updates", 400, "--save-every", 399, *flags, processes=processes)
     wait_for_updates(out, 3, process.running)
-    for rank in range(processes):  # as torchrun does
-        process.signal(signal.SIGTERM, rank)
+    process.signal(signal.SIGTERM, rank=processes - 1)  # to any one of them
     codes, said = process.wait()
     path, = runs.checkpoints(str(out))
     update = int(path[-9:-3])
@@ -379,6 +398,27 @@ def test_a_lost_process_ends_the_others_within_a_minute_with_a_sentence(sd, pair
     assert read_log(tmp_path)[-1]["update"] == update + 1
 
 
+def test_a_signal_is_noticed_at_the_next_micro_batch_and_only_while_it_trains(sd, pairs, straight, tmp_path, monkeypatch):  # noqa: F811
+    calls, real = [], train.step_loss
+
+    def step_loss(*batch):
+        calls.append(1)
+        if len(calls) == 6:  # the second micro-batch of the second update
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*batch)
+
+    monkeypatch.setattr(train, "step_loss", step_loss)
+    flags = ["--updates", 3, "--micro-batch", 1]
+    assert "stopped by a signal after update 1: run the same" in error_of(lambda: run(sd, pairs, tmp_path / "run", *flags))
+    assert len(calls) == 6 and [path[-9:] for path in runs.checkpoints(str(tmp_path / "run"))] == ["000001.pt"]
+    for place in ("load", "export"):  # neither before nor after the loop does it fall on deaf ears
+        with monkeypatch.context() as patch:
+            patch.setattr(models if place == "load" else runs, place, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            assert "stopped. The same command goes on" in error_of(lambda: run(sd, pairs, tmp_path / "run", *flags))
+    expected = run(sd, pairs, tmp_path / "expected", *flags)
+    assert same(run(sd, pairs, tmp_path / "run", *flags), expected)
+
+
 def test_out_of_memory_says_which_flags_help(sd, pairs, tmp_path, monkeypatch):
     def step_loss(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -400,4 +440,5 @@ def test_a_gradient_that_is_not_finite_stops_the_run(precision, sd, pairs, tmp_p
     monkeypatch.setattr(train, "make_policies", make_policies)
     error = error_of(lambda: run(sd, pairs, tmp_path, "--updates", 1, "--precision", precision))
     assert "update 1: the gradient is not finite, though each loss is" in error
+    assert ("take --precision fp32" in error) == (precision == "fp16") and "lower --lr" not in error  # what can be the cause
     assert not (tmp_path / "pipeline").exists()

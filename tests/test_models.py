@@ -3,7 +3,9 @@
 import copy
 import inspect
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import diffusers
@@ -14,6 +16,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
+import loading
 import models
 from common import UserError
 
@@ -211,6 +214,7 @@ def test_prompts_are_the_same_to_the_model_where_it_encodes_them_the_same(model)
     encoded = [model.encode(pair) for pair in pairs]
     expected = [c for (c, _), e in zip(pairs, encoded) if all((x[0] == x[1]).all() for x in e.values())]
     assert models.same_tokens(model, rows) == expected
+    assert models.count_too_long(model, [c for c, _ in pairs]) == len(expected)  # whose last letter is not read
     assert [len(c) for c in expected] == dict(sana=[300], sd3=[255, 281, 300]).get(model.family, [76, 101, 254, 255, 281, 300])
 
 
@@ -337,7 +341,7 @@ def test_an_adapter_of_another_model_is_refused_in_a_sentence(family_folders, tm
     assert "\n" not in str(stop.value)
 
 
-def test_loaded_in_the_given_precision_but_for_what_float16_breaks_and_on_the_given_devices(model, monkeypatch):
+def test_loaded_in_the_given_precision_but_for_what_float16_breaks_and_on_the_given_devices(model, tmp_path):
     wide = dict(sana=["text_encoder", "vae"], sd3=["text_encoder_3"]).get(model.family, [])
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     for dtype, net_dtype in ((float32, None), (bfloat16, None), (float16, None), (float16, float32), (bfloat16, float32)):
@@ -353,9 +357,13 @@ def test_loaded_in_the_given_precision_but_for_what_float16_breaks_and_on_the_gi
         parts = {name: part for name, part in one.pipe.components.items() if isinstance(part, torch.nn.Module)}
         assert all(p.device.type == (net_device if name == one.net_name and net_device else device)
                    for name, part in parts.items() for p in part.parameters())
-    monkeypatch.setitem(models.PRESETS, "sana-1.6b", model.folder)
-    whole = models.load("sana-1.6b", dtype=float16)
-    assert {p.dtype for part in (whole.net, whole.pipe.text_encoder, whole.pipe.vae) for p in part.parameters()} == {bfloat16}
+    for stored, name in ((bfloat16, "BF16"), (float16, "F16")):  # a model made in bfloat16 stays in it, whatever its path
+        models.load(model.folder, dtype=stored).pipe.save_pretrained(tmp_path / name)
+        one = models.load(str(tmp_path / name), dtype=float16)
+        assert one.stored == name and one.net.dtype == one.dtype == stored
+        if stored == bfloat16:
+            assert {p.dtype for part in (one.net, one.pipe.text_encoder, one.pipe.vae) for p in part.parameters()} == {bfloat16}
+        assert models.load(str(tmp_path / name)).net.dtype == float32
 
 
 def test_the_preset_and_the_safety_checker_of_a_model(model, tmp_path):
@@ -365,6 +373,76 @@ def test_the_preset_and_the_safety_checker_of_a_model(model, tmp_path):
         parts = dict(safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"], feature_extractor=["transformers", "CLIPImageProcessor"])
         pipe = models.load(edited(model.folder, tmp_path / "checked", "model_index.json", requires_safety_checker=True, **parts)).pipe
         assert pipe.safety_checker is None and not pipe.config.requires_safety_checker
+
+
+def damaged(folder, path, part, damage):
+    """A copy of the folder with a part damaged."""
+    shutil.copytree(folder, path)
+    weights = next((path / part).glob("*.safetensors"), None)
+    if damage == "gone":
+        shutil.rmtree(path / part)
+    elif damage == "cut":
+        os.truncate(weights, 1000)
+    elif damage == "a weight less":
+        save_file({name: x for name, x in load_file(weights).items() if not name.endswith("norm_out.weight") and "layer_norm1.weight" not in name},
+                  weights, metadata=dict(format="pt"))
+    elif damage == "other width":
+        save_file({name: x[:1] for name, x in load_file(weights).items()}, weights, metadata=dict(format="pt"))
+    else:
+        for file in (path / part).glob("*.json"):
+            file.write_text(damage)
+    return str(path)
+
+
+@pytest.mark.parametrize("part, damage, said", [
+    *[(part, "gone", "cannot be loaded .*there is no such folder") for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet")],
+    *[(part, "{", "cannot be loaded") for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet")],
+    *[(part, "[]", "cannot be loaded") for part in ("vae", "text_encoder", "tokenizer", "unet")],
+    *[(part, damage, "cannot be loaded") for part in ("vae", "text_encoder") for damage in ("cut", "other width")],
+    ("vae", "a weight less", r"lacks the weights \['decoder.conv_norm_out.weight', 'encoder.conv_norm_out.weight'\]"),
+    ("unet", "a weight less", r"lacks the weights \['conv_norm_out.weight'\]"), ("unet", "other width", "cannot be loaded"),
+    ("text_encoder", "a weight less", r"lacks the weights \['.*layer_norm1.weight'")])
+def test_a_damaged_part_of_a_model_is_named(part, damage, said, family_folders, tmp_path):
+    with pytest.raises(UserError, match=f"its {part} {said}") as stop:
+        models.load(damaged(family_folders["sd"], tmp_path / "model", part, damage))
+    assert "\n" not in str(stop.value)
+
+
+def test_a_tokenizer_without_its_vocabulary_and_a_damaged_index_are_named(family_folders, tmp_path):
+    path = Path(shutil.copytree(family_folders["sd"], tmp_path / "model"))
+    for file in (path / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="its tokenizer"):
+        models.load(str(path))
+    index = json.loads((path / "model_index.json").read_text())
+    shutil.copytree(Path(family_folders["sd"]) / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
+    for content in ([], {k: v for k, v in index.items() if k != "vae"}, index | dict(vae=["diffusers", "Nope"]), index | dict(vae="x")):
+        (path / "model_index.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="its (model_index.json|vae) cannot be loaded"):
+            models.load(str(path))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_that_is_said_within_ten_seconds(offline, monkeypatch):
+    monkeypatch.setattr(loading.huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(loading.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
+    loading.download.cache_clear()
+    since = time.monotonic()
+    for name, path in (("sd14", "CompVis/stable-diffusion-v1-4"), ("owner/none", "owner/none")):
+        with pytest.raises(UserError, match=f"the hub could not be reached, and the cache has no whole {path}") as stop:
+            models.load(name)
+        assert ("is no preset" in str(stop.value)) == (name != "sd14")
+    assert time.monotonic() - since < 10
+    loading.download.cache_clear()
+
+
+def test_shapes_and_what_was_tuned_from_it_sample_with_their_own_guidance(family_folders, tmp_path):
+    tuned = shutil.copytree(family_folders["sd"], tmp_path / "tuned")
+    (tuned / "training.json").write_text(json.dumps(dict(model="shapes", preset="shapes")))
+    for name, guidance in (("shapes", 3), (str(tuned), 3), (family_folders["sd"], 7.5), (family_folders["sdxl"], 5)):
+        model = models.load(name, text=False)
+        assert (model.guidance, model.steps) == (guidance, 25) and model.pipe.text_encoder is model.pipe.tokenizer is None
+    assert models.preset_of(str(tuned)) == "shapes"
 
 
 def test_what_cannot_be_loaded_is_said_in_a_sentence_and_code_of_a_model_never_runs(family_folders, tmp_path, monkeypatch):

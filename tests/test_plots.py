@@ -48,21 +48,28 @@ def test_curves_are_those_of_the_log(figures, tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [dict(update=0, noise_floor=0.0), *rows]))
     plots.draw_curves(str(path))
-    panels = {axis.get_title(): axis for axis in figures[str(tmp_path / "curves.png")].axes}
-    assert list(panels) == ["loss", "winner, loser", "logit_quantiles", "winner_by_t, loser_by_t", "lr"]  # what the log has
-    drawn = {title: [list(line.get_ydata()) for line in axis.lines] for title, axis in panels.items()}
+    axes, there = figures[str(tmp_path / "curves.png")].axes, ["loss", "winner", "logit_quantiles", "winner_by_t", "lr"]
+    titles = {names[0]: title for names, title, _ in plots.CURVES}
+    assert [axis.get_title() for axis in axes] == [titles[name] for name in there]  # what the log has
+    panels = dict(zip(there, axes))
+    drawn = {name: [list(line.get_ydata()) for line in axis.lines] for name, axis in panels.items()}
     assert list(panels["loss"].lines[0].get_xdata()) == list(range(1, 21))
     assert drawn["loss"] == [[row["loss"] for row in rows]]
-    assert drawn["winner, loser"] == [[row[name] for row in rows] for name in ("winner", "loser")]
+    assert drawn["winner"] == [[row[name] for row in rows] for name in ("winner", "loser")]
     assert np.array(drawn["logit_quantiles"]).T.tolist() == [row["logit_quantiles"] for row in rows]
-    winner, loser = (np.ma.filled(np.ma.array(line).astype(float), -1) for line in drawn["winner_by_t, loser_by_t"])
+    winner, loser = (np.ma.filled(np.ma.array(line).astype(float), -1) for line in drawn["winner_by_t"])
     assert winner.tolist() == [19.5, -1, 1] and loser.tolist() == [0, 0, -1]  # the last tenth: updates 19 and 20
-    assert panels["winner_by_t, loser_by_t"].lines[0].get_xdata().tolist() == pytest.approx([1 / 6, 1 / 2, 5 / 6])
-    assert [text.get_text() for text in panels["winner, loser"].get_legend().get_texts()] == ["winner", "loser"]
+    assert panels["winner_by_t"].lines[0].get_xdata().tolist() == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+    legend = ["winner: lower is better", "loser: higher is better"]
+    assert [text.get_text() for text in panels["winner"].get_legend().get_texts()] == legend
+    assert [text.get_text() for text in panels["winner_by_t"].get_legend().get_texts()] == legend
+    assert panels["logit_quantiles"].get_legend().get_texts()[0].get_text() == "5 % of the pairs are below"
+    assert all(axis.get_ylabel() for name, axis in panels.items() if name != "lr")
+    assert not any(axis.yaxis.get_major_formatter().get_useOffset() for axis in axes)
 
 
 @pytest.mark.parametrize("text, message", [("", "no update in it"), ('{"update": 0}\n', "no update in it"),
-                                           ("[]\n", "train.py did not write"), ('{"update": 1}\n{"loss": 2\n', "train.py did not write")])
+                                           ("[]\n", "train.py did not write"), ('{"update": 1, "loss": 2}\n{"update": 2}\n', "train.py did not write"), ('{"update": 1}\n{"loss": 2\n', "train.py did not write")])
 def test_a_log_that_cannot_be_drawn_is_named(text, message, tmp_path):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(UserError, match=f"log.jsonl .*{message}"):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import read_folder
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import build_pairs
 import models
@@ -31,6 +32,7 @@ FLAGS = ["--batch-size", "4", "--warmup", "2", "--lr", "1e-4", "--beta", "500", 
 
 
 def run(sd, pairs, out, *flags, objective="ddspo"):
+    flags = ["--warmup", 0, *flags] if "--updates" in flags and str(flags[flags.index("--updates") + 1]) == "1" else flags
     train.main(["--model", sd, "--pairs", pairs, "--out", str(out), "--objective", objective, *FLAGS, *map(str, flags)])
     adapter = os.path.join(out, "lora", "pytorch_lora_weights.safetensors")
     return load_file(adapter if os.path.exists(adapter) else
@@ -214,7 +216,8 @@ def test_the_variants_of_the_negatives_differ(sd, pairs, straight, tmp_path):
 
 
 def test_one_update_is_adamw_on_the_mean_loss_of_its_pairs(sd, pairs, tmp_path):
-    weights = run(sd, pairs, tmp_path, "--updates", 1, "--micro-batch", 3)
+    run(sd, pairs, tmp_path, "--updates", 2, "--micro-batch", 3, "--save-every", 1)
+    weights = torch.load(tmp_path / "checkpoint-000001.pt", weights_only=True)["net"]
     model, store = models.load(sd), PairStore(pairs)
     net = copy.deepcopy(model.net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.5e-4, weight_decay=1e-2)  # half of --lr: the first of two of warm-up
@@ -231,7 +234,7 @@ def test_one_update_is_adamw_on_the_mean_loss_of_its_pairs(sd, pairs, tmp_path):
     expected = net.state_dict()
     assert same(weights, expected, atol=1e-6, outliers=20)  # of 203,204
     assert not same(weights, model.net.state_dict(), atol=2e-5, outliers=100_000)
-    row, = read_log(tmp_path)
+    row, _ = read_log(tmp_path)
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and row["lr"] == 0.5e-4 and row["update"] == 1
 
 
@@ -252,11 +255,13 @@ def test_bfloat16_biases_every_logit_and_float16_does_not(batch, sd):
             _, info = train.step_loss(model, dict(theta=net, ref=model.net), c, c_minus, x_0_w, x_0_l, t, eps, "ddspo", beta)
         winner[name] = -beta / 2 * info["winner"].mean().item()  # the winner's part of the logit
         args = argparse.Namespace(precision=name, beta=beta)
-        floor[name] = train.noise_floor(args, model, model.net, (c, None, x_0_w, None, t, eps), cpu)
+        floor[name], size = train.noise_floor(args, model, model.net, (c, None, x_0_w, None, t, eps), cpu)
     bias = {name: winner[name] - winner["fp32"] for name in ("fp16", "bf16")}
     assert bias["bf16"] < -0.1 and abs(bias["fp16"]) < 0.01  # measured: -0.18 and -0.004
     assert floor["fp32"] == 0 and floor["fp16"] < 0.05 < floor["bf16"]  # what a run says at its start
     assert 0.5 < floor["bf16"] / -bias["bf16"] < 3
+    with torch.no_grad():
+        assert size == pytest.approx(model.net(model.noise(x_0_w, t, eps), t, c["prompt_embeds"]).sample.square().mean().item())
 
 
 @pytest.mark.parametrize("rank", ["0", "2"])
@@ -292,6 +297,31 @@ def test_an_overflow_is_done_again_with_a_smaller_scale_and_is_no_update(sd, pai
     monkeypatch.setattr(train, "FIRST_SCALE", 2.0**5)  # a stop keeps the scale
     run(sd, pairs, tmp_path / "b", "--updates", 4, "--precision", "fp16")
     assert read_log(tmp_path / "b")[3]["loss_scale"] == skipped[2]["loss_scale"]
+
+
+def test_an_overflow_does_not_depend_on_the_micro_batch_and_is_noticed_after_the_first(sd, pairs, tmp_path, monkeypatch):
+    scaled, calls, scale, step_loss = [], [], torch.amp.GradScaler.scale, train.step_loss
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: scaled.append(loss.item()) or scale(self, loss))
+    monkeypatch.setattr(train, "step_loss", lambda *batch: calls.append(1) or step_loss(*batch))
+    run(sd, pairs, tmp_path / "a", "--updates", 1, "--precision", "fp16", "--micro-batch", 3)
+    assert scaled == pytest.approx([math.log(2), math.log(2) / 3], rel=1e-6)  # three pairs, and one
+    calls.clear()
+    monkeypatch.setattr(train, "FIRST_SCALE", 2.0**30)
+    run(sd, pairs, tmp_path / "b", "--updates", 1, "--precision", "fp16", "--micro-batch", 1)
+    again = int(30 - math.log2(read_log(tmp_path / "b")[0]["loss_scale"]))
+    assert again >= 5 and len(calls) == again + 4
+
+
+def test_both_prompts_are_encoded_in_one_pass(family_folders, pairs):
+    store, args = PairStore(pairs), argparse.Namespace(seed=0, negatives="generated", objective="ddspo", winner=None)
+    for family in ("sd", "sdxl", "sana", "sd3"):
+        model, passes = models.load(family_folders[family]), []
+        encode, rows = model.encode, [store.rows[pair] for pair in (3, 1, 4)]
+        model.encode = lambda prompts, encode=encode, passes=passes: passes.append(len(prompts)) or encode(prompts)
+        both = train.micro_batch(store, model, args, [(0, 3), (0, 1), (0, 4)], torch.device("cpu"))[:2]
+        assert passes == [6]
+        for ours, key in zip(both, ("c", "c_minus")):
+            torch.testing.assert_close(ours, encode([row[key] for row in rows]), atol=1e-5, rtol=0)
 
 
 def test_the_scale_grows_again(sd, pairs, tmp_path, monkeypatch):
@@ -385,6 +415,21 @@ def test_a_checkpoint_without_a_weight_or_of_something_else_is_damaged(sd, pairs
         assert re.search(f"checkpoint-000006.pt is damaged .{said}", capsys.readouterr().err)
 
 
+def test_a_model_is_its_weights_also_for_a_run(sd, pairs, straight, tmp_path, monkeypatch):
+    shutil.copytree(sd, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    trained = run("./model", pairs, "run", "--updates", 2)
+    for name in ("model/", sd):
+        assert same(run(name, pairs, "run", "--updates", 2), trained)
+    weights = load_file("model/vae/diffusion_pytorch_model.safetensors")
+    weights[max(weights)] += 1
+    save_file(weights, "model/vae/diffusion_pytorch_model.safetensors", metadata=dict(format="pt"))
+    before = read_folder("run")
+    with pytest.raises(SystemExit, match="the run in run was begun with other weights of --model: continue it with the same"):
+        run("./model", pairs, "run", "--updates", 3)
+    assert read_folder("run") == before
+
+
 def test_a_result_without_its_checkpoint_is_not_replaced(sd, pairs, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     for name in ("checkpoint-000004.pt", "checkpoint-000006.pt"):
@@ -402,6 +447,39 @@ def test_the_log_is_cut_to_the_checkpoint_whatever_became_of_it(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:3])
     runs.open_log(str(tmp_path), 0, dict(update=0), False)[0].close()
     assert (tmp_path / "log.jsonl").read_text() == '{"update": 0}\n'
+
+
+@pytest.mark.parametrize("text", ['{"update": 3}\n{"upd\n{"update": 5}\n', "mine\n", "[1]\n", '{"update": "x"}\n', b"\xff\xfe\n", None])
+def test_a_log_that_is_damaged_or_gone_is_moved_aside_and_begun_anew(text, tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    if text:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = text and path.read_bytes()
+    runs.open_log(str(tmp_path), 5, dict(update=0), False)[0].close()
+    assert path.read_text() == '{"update": 0}\n'
+    if text:
+        assert (tmp_path / "log.jsonl.damaged").read_bytes() == before and "it is now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["no disk", "no log"])
+def test_a_picture_that_could_not_be_drawn_does_not_cost_the_result_and_is_drawn_by_the_next_call(fault, sd, pairs, straight, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    out = shutil.copytree(straight[0], tmp_path / "run")
+    for name in ("curves.png", "pipeline/unet/diffusion_pytorch_model.safetensors"):
+        os.remove(out / name)
+    with monkeypatch.context() as patch:
+        if fault == "no disk":
+            patch.setattr(plots, "save_figure", fail)
+        else:  # deleted during the run
+            patch.setattr(runs, "export", lambda *rest, real=runs.export: os.remove(out / "log.jsonl") or real(*rest))
+        assert same(run(sd, pairs, out, "--updates", 6), straight[1])
+    captured = capsys.readouterr()
+    assert "curves.png was not drawn" in captured.err and not (out / "curves.png").exists()
+    assert f"next:  python evaluate.py grid --models {sd} {out / 'pipeline'} --prompts" in captured.out
+    run(sd, pairs, out, "--updates", 7)
+    assert (out / "curves.png").exists() and read_log(out)[-1]["update"] == 7
 
 
 def start(sd, pairs, out, *flags, processes=1):
@@ -486,18 +564,87 @@ def test_a_student_that_is_not_the_reference_is_noticed_at_the_start(logit):
         check(logit)
 
 
-def test_the_start_is_checked_in_a_run(sd, pairs, tmp_path, monkeypatch):
-    real = copy.deepcopy
+@pytest.mark.parametrize("wrong", ["weights", "dropout"])
+def test_the_start_is_checked_in_a_run(wrong, sd, pairs, tmp_path, monkeypatch):
+    real = train.make_policies
 
-    def other(thing):
-        thing = real(thing)
-        if isinstance(thing, torch.nn.Module):
-            thing.conv_out.bias.data += 1
-        return thing
+    def make_policies(*arguments):
+        policies, networks = real(*arguments)
+        if wrong == "weights":
+            policies["ref"].conv_out.bias.data += 1
+        for module in policies["theta"].modules() if wrong == "dropout" else ():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        policies["theta"].train()
+        return policies, networks
 
-    monkeypatch.setattr(train.copy, "deepcopy", other)
+    monkeypatch.setattr(train, "make_policies", make_policies)
     with pytest.raises(SystemExit, match="before the first update"):
-        run(sd, pairs, tmp_path, "--updates", 1)
+        run(sd, pairs, tmp_path, "--updates", 1, "--beta", 16000)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd2", "sdxl", "sana", "sd3"])
+def test_the_reference_takes_the_students_kernels_so_that_each_first_logit_is_0(family, family_folders):
+    model = models.load(family_folders[family])
+    args = train.parse(["--model", family_folders[family], "--lora-rank", "0", "--precision", "fp16"])
+    policies, networks = train.make_policies(args, model)
+    parameters = {p for p in model.net.parameters() if p.requires_grad}
+    train.prepare(args, networks)
+    torch.manual_seed(0)
+    x_0_w, x_0_l, eps = torch.randn(3, 4, *model.latent_shape)
+    c, c_minus = model.encode(["a red fox", "a blue cup", "x", "yy"]), model.encode(["fox", "cup", "z", "y"])
+    with train.precision(torch.device("cpu"), "fp16"):
+        loss, info = train.step_loss(model, policies, c, c_minus, x_0_w, x_0_l, torch.tensor([10, 300, 600, 900]), eps, "ddspo", 12000.0)
+    assert (info["logit"] == 0).all() and (info["drift"] == 0).all()
+    loss.sum().backward()
+    assert parameters == set(model.net.parameters()) and not any(p.grad is not None for p in policies["ref"].parameters())
+
+
+def test_compiled_sana_has_a_finite_gradient_in_float16(family_folders, monkeypatch):
+    monkeypatch.setattr(torch._functorch.config, "backward_pass_autocast", "same_as_forward")  # and back again afterwards
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, real=torch.nn.Module.compile: real(net, backend="aot_eager"))
+    model = models.load(family_folders["sana"])
+    args = argparse.Namespace(precision="fp16", compile=True, fsdp=False, lora_rank=0)
+    train.prepare(args, [model.net])
+    torch.manual_seed(0)
+    x_0, eps = torch.randn(2, 2, *model.latent_shape)
+    batch = model.encode(["a red fox", "b"]), None, x_0, x_0, torch.tensor([10, 900]), eps
+    with train.precision(torch.device("cpu"), "fp16"):
+        loss, _ = train.step_loss(model, dict(theta=model.net), *batch, "sft", None, "w")
+    loss.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.net.parameters())
+
+
+def test_processes_that_see_other_files_are_refused_before_the_first_update(monkeypatch):
+    change = {}
+
+    def gather(everyone, mine):
+        everyone[:] = [("one", mine[1]), ("two", mine[1] | change)]
+
+    monkeypatch.setattr(runs.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runs.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(runs.dist, "all_gather_object", gather)
+    mine = {"beta": 5, "other weights of --model": "0123", "out": "runs/a after update 4"}
+    runs.agree(mine)
+    for name, value, said in (("out", "runs/a after update 0", "out runs/a after update 0, not runs/a after update 4"),
+                              ("other weights of --model", "4567", "other weights of --model")):
+        change.clear()
+        change[name] = value
+        with pytest.raises(UserError, match=f"process 1 on two and process 0 on one do not see the same: {said}. --out, --pairs"):
+            runs.agree(mine)
+
+
+def each_in_its_own_folder(home):
+    os.makedirs(os.path.join(home, os.environ["RANK"]), exist_ok=True)
+    os.chdir(os.path.join(home, os.environ["RANK"]))
+
+
+def test_machines_without_a_shared_folder_are_refused(sd, pairs, tmp_path):
+    run(sd, pairs, tmp_path / "0" / "run", "--updates", 2)
+    argv = ["--model", sd, "--pairs", pairs, "--out", "run", *FLAGS, "--updates", 4]
+    codes, said = launch.run("train", argv, 2, functools.partial(each_in_its_own_folder, str(tmp_path)))
+    assert re.search("process 1 on .* do not see the same: out run after update 0, not run after update 2", said)
+    assert 0 not in codes and read_log(tmp_path / "0" / "run")[-1]["update"] == 2
 
 
 def test_a_missing_store_is_answered_with_the_command_that_makes_it(tmp_path, monkeypatch):
@@ -507,7 +654,7 @@ def test_a_missing_store_is_answered_with_the_command_that_makes_it(tmp_path, mo
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--beta", "7"], "begun with beta 500.0, not 7.0"), (["--lr", "1"], "begun with lr 0.0001, not 1.0"),
+    (["--beta", "7"], "begun with beta 500.0, not 7.0"), (["--lr", "0.1"], "begun with lr 0.0001, not 0.1"),
     (["--seed", "1"], "begun with seed 0, not 1"), (["--batch-size", "8"], "batch_size 4, not 8"),
     (["--objective", "diffusion-dpo"], "objective ddspo, not diffusion-dpo"), (["--updates", "5"], "6 updates, more than"),
 ])
@@ -529,7 +676,7 @@ def test_a_run_is_not_continued_with_other_pairs(sd, pairs, straight, tmp_path):
             table.write_text(table.read_text().replace("fox", "wolf"))
             change = dict(table=checksum(table))
         (tmp_path / "store" / "meta.json").write_text(json.dumps(meta | change))
-        with pytest.raises(SystemExit, match="begun with store"):
+        with pytest.raises(SystemExit, match="begun with other pairs: continue it with the same"):
             run(sd, str(tmp_path / "store"), straight[0], "--updates", 6)
 
 
@@ -561,6 +708,27 @@ def test_flags_out_of_range_are_named(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags, message", [
+    ("--beta 1e9", r"--beta 1e\+09 is absurd: it must be between 1e-06 and 1e\+06"), ("--beta 1e-30", "--beta 1e-30 is absurd"),
+    ("--lr 1", "--lr 1 is absurd"), ("--updates 20", "--warmup 100 is longer than the run of 20 updates, which would end at 0.2 of --lr"),
+    ("--warmup 101", "--warmup 101 is longer than the run of 100 updates")])
+def test_numbers_with_which_a_run_comes_to_nothing_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        train.parse(["--model", "sd14", *flags.split()])
+    assert train.parse(["--model", "sd14"]).warmup == 100  # the paper's own row: as long as the run
+
+
+def test_what_is_strange_about_an_update_is_said_once(sd, pairs, tmp_path, capsys):
+    log2, columns = np.full(3, 0.69), dict(loss=np.full(3, 0.69), drift=np.full(3, 0.1))
+    for change, said in ((dict(loss=log2 * 0), "every loss of an update is 0"), (dict(loss=log2 + 10), "every loss of an update is above 10"),
+                         (dict(drift=log2 * 2), "further from the reference than"), ({}, None),
+                         (dict(loss=np.array([0, 11, 11.0])), None)):
+        found = list(runs.oddities(columns | change, 1.0))
+        assert len(found) == (said is not None) and all(said in text for text in found)
+    run(sd, pairs, tmp_path, "--updates", 5, "--lr", 0.1, "--beta", 1e6)
+    assert capsys.readouterr().err.count("note: the student is further from the reference than") == 1
+
+
 def test_the_short_command_is_the_papers_experiment(sd):
     args = train.parse(["--model", "sd14"])
     assert (args.objective, args.beta, args.batch_size, args.lr, args.updates) == ("ddspo", 16000, 2048, 5.12e-6, 100)
@@ -587,7 +755,7 @@ def test_a_folder_or_a_hub_id_takes_the_settings_of_its_family(tmp_path):
     ("sd15 --task aesthetic", dict(beta=16000, lr=5.12e-6, updates=100, warmup=100, pairs="pairs/sd15-aesthetic", out="runs/sd15-aesthetic-ddspo")),
     ("sdxl", dict(beta=16000, updates=500, warmup=100, micro_batch=1, lora_rank=0)),
     ("sdxl --task aesthetic --objective diffusion-dpo", dict(beta=5000, lr=2.048e-5, updates=2000, warmup=200)),
-    ("sana", dict(beta=2000, lr=8.192e-5, updates=500, warmup=0, lora_rank=128, micro_batch=3)),
+    ("sana", dict(beta=2000, lr=8.192e-5, updates=500, warmup=0, lora_rank=128, micro_batch=2)),
     ("sd3 --lora-rank 0", dict(beta=2000, updates=100, lora_rank=0, row="sd3 alignment ddspo")),
     ("sana-1.6b", dict(beta=2000, lora_rank=128, row="sana alignment ddspo")),  # no row: its family's
     ("sana --objective diffusion-dpo --beta 7 --lr 1e-5", dict(beta=7, lora_rank=128, updates=100, warmup=0, row=None)),
@@ -605,7 +773,7 @@ def test_each_experiment_has_its_row(flags, expected):
 
 
 @pytest.mark.parametrize("flags, asked", [
-    ("sana --objective diffusion-dpo", "--beta and --lr"), ("sana --objective diffusion-dpo --lr 1", "--beta"),
+    ("sana --objective diffusion-dpo", "--beta and --lr"), ("sana --objective diffusion-dpo --lr 1e-5", "--beta"),
     ("sd3 --objective dspo --beta 1", "--lr"), ("sana --objective sft --side w", "--lr")])
 def test_where_no_experiment_fits_beta_and_lr_are_asked_for(flags, asked):
     with pytest.raises(UserError, match=rf"no row for {flags.split()[0]} with --objective .*: give {asked}\."):
@@ -637,6 +805,23 @@ def test_previews_show_the_reference_beside_the_student(rank, sd, pairs, tmp_pat
     assert all((a == b).all() and (a == c).all() for a, b, c in zip(*pixels[:3]))  # the reference stays
     assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(pixels[3], pixels[4]))  # theta is the result
     assert any((a != b).any() for a, b in zip(pixels[3], pixels[0]))
+
+
+def test_a_run_says_what_a_small_store_costs_and_which_prompts_are_cut(sd, pairs, tmp_path, capsys):
+    shutil.copytree(pairs, tmp_path / "store")
+    table, meta = tmp_path / "store" / "pairs.jsonl", tmp_path / "store" / "meta.json"
+    table.write_text(table.read_text().replace("a red fox", "a red fox" + " very" * 20))
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(table=checksum(table))))
+    run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 2, "--batch-size", 25, "--micro-batch", 10)
+    said = capsys.readouterr()
+    assert "1 process with 3 micro-batches of up to 10;" in said.out
+    assert "what was not given is from the experiment nearest to this model, sd14 alignment ddspo" in said.out
+    assert said.err.count("note: the model reads 1 of 20 prompts not to their end") == 1 and "was truncated" not in said.err
+    assert "--batch-size 64 --updates 80 --lr 1e-05 --warmup 0" in said.err
+    minutes, hours = map(float, re.search(r"an update takes about (\S+) minutes, and the rest of the run (\S+) hours", said.err).groups())
+    assert hours == pytest.approx(2 * minutes / 60, rel=0.1)
+    for done in (10, 20, 25, 35, 45, 50):  # progress within an update
+        assert f" {done}/50 [" in said.err
 
 
 def test_tensorboard_holds_the_numbers_of_the_log(sd, pairs, tmp_path):
@@ -680,14 +865,16 @@ def test_the_log_says_how_fast_how_large_and_how_exact(straight):
 def test_curves_show_the_numbers_of_the_log(straight, tmp_path, monkeypatch):
     assert (straight[0] / "curves.png").stat().st_size > 20_000
     shutil.copy(straight[0] / "log.jsonl", tmp_path)
-    lines = {}
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: lines.update({ax.get_title(): ax.lines for ax in figure.axes}))
+    lines = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: lines.extend(ax.lines for ax in figure.axes))
     plots.draw_curves(str(tmp_path / "log.jsonl"))
     log = read_log(straight[0])
-    drawn = {title: [list(line.get_ydata()) for line in ls] for title, ls in lines.items()}
+    drawn = {panel[0]: [list(line.get_ydata()) for line in ls] for (panel, *_), ls in zip(plots.CURVES, lines)}
+    assert len(lines) == len(plots.CURVES)
     assert drawn["loss"] == [[row["loss"] for row in log]]
-    assert drawn["winner, loser"] == [[row[name] for row in log] for name in ("winner", "loser")]
+    assert drawn["winner"] == [[row[name] for row in log] for name in ("winner", "loser")]
     assert np.allclose(np.array(drawn["logit_quantiles"]).T, [row["logit_quantiles"] for row in log])
     last = [value is not None for value in log[-1]["winner_by_t"]]
-    assert list(np.isfinite(np.ma.filled(np.ma.array(drawn["winner_by_t, loser_by_t"][0]).astype(float), np.nan))) == last
-    assert {"accuracy", "drift", "grad_norm", "lr"} <= drawn.keys()
+    assert list(np.isfinite(np.ma.filled(np.ma.array(drawn["winner_by_t"][0]).astype(float), np.nan))) == last
+    for name in ("accuracy", "drift", "grad_norm", "lr"):
+        assert drawn[name] == [[row[name] for row in log]]
