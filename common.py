@@ -5,9 +5,11 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import sys
 
 import torch
@@ -20,22 +22,37 @@ class UserError(ValueError):
     """Something that the user can put right. Its text is a sentence that names the file, line or flag."""
 
 
+AGAIN = "The same command goes on from what was written, or begins anew where nothing was."
+TORCH_CANNOT_WRITE = r"\[enforce fail at inline_container(.|\n)*"
+
+
 def program(main):
     """Ends main with a sentence where the user can put it right; a bug keeps its traceback."""
     @functools.wraps(main)
     def run(argv=None):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()
+            return result
         except UserError as error:
-            sys.exit(str(error))
-        except (OSError, SafetensorError) as error:
-            sys.exit(f"cannot read or write: {error}. What was written before is kept: run the same command again when "
-                     "this is solved.")
+            message = str(error)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails too
+            message = "stopped, because nothing reads the output any more. " + AGAIN
         except torch.OutOfMemoryError as error:
-            sys.exit("out of memory: give a smaller --batch-size, or to train.py a smaller --micro-batch, "
-                     f"--checkpointing, --lora-rank or --fsdp. {error}")
+            message = ("out of memory: give a smaller --batch-size, or to train.py a smaller --micro-batch, "
+                       f"--checkpointing, --lora-rank or --fsdp. {error}")
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search(TORCH_CANNOT_WRITE, str(error)):
+                raise
+            text = re.sub(TORCH_CANNOT_WRITE, "torch could not write the whole file: the disk may be full", str(error))
+            message = (f"cannot read or write: {text}. What was written before is kept: run the same command again "
+                       "when this is solved.")
         except KeyboardInterrupt:
-            sys.exit("stopped. The same command goes on where this one was.")
+            message = "stopped. " + AGAIN
+        sys.exit(message)  # here the error and what it held are gone, so that a progress bar has ended its line
     return run
 
 
@@ -62,16 +79,42 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({error}).") from None
 
 
+def text_lines(path):
+    """Yields (number, line) for each line of a text file. What is not UTF-8 becomes half characters, the zeros of
+    UTF-16 too, and check_rows names them."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.strip().replace("\0", "\udc00")
+
+
 def json_lines(path):
     """Yields (number, value) for each line of a .jsonl file. A line that is not JSON gives its text."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            text = line.decode("utf-8-sig", errors="surrogateescape").strip()  # check_rows notices what is not UTF-8
-            if text:
-                try:
-                    yield number, json.loads(text)
-                except (ValueError, RecursionError):
-                    yield number, text
+    for number, line in text_lines(path):
+        if line:
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, line
+
+
+def parquet_rows(path, columns, optional=(), group=None, at_once=4096):
+    """Yields (row group, number in it, {column: cell}) for each row of a .parquet file or of one row group, with
+    `at_once` of them in memory. Raises UserError if the file cannot be read or lacks one of the `columns`."""
+    import pyarrow.parquet  # here, because few runs need it
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # no whole column at once
+            names = file.schema_arrow.names
+            for name in columns:
+                if names.count(name) != 1:
+                    raise UserError(f"{path} must have one column {name}; it has {', '.join(names)}.")
+            wanted = [*columns, *[name for name in optional if name in names]]
+            for g in range(file.num_row_groups) if group is None else [group]:
+                batches = file.iter_batches(at_once, [g], wanted)
+                for k, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                    yield g, k, {name: "" if cell is None else cell for name, cell in row.items()}
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+        raise UserError(f"{path} cannot be read as a .parquet file: {str(error).splitlines()[0]}") from None
 
 
 def read_lines(path):
@@ -90,10 +133,12 @@ def check_rows(path, rows, fields):
     first_seen, bad = {}, []
     for number, row in rows:
         try:
+            if isinstance(row, str):  # a line that is no JSON
+                row.encode()
             texts, name = [row[field].strip() for field in fields], str(row.get("id", f"{number:06d}"))
             "".join(texts + [name]).encode()
         except UnicodeError:
-            bad.append(f"{path}:{number}: not UTF-8")
+            bad.append(f"{path}:{number}: not UTF-8: save the file as UTF-8")
         except (KeyError, TypeError, AttributeError):
             bad.append(f"{path}:{number}: not a row with texts {', '.join(fields)}: "
                        + str(row)[:80].encode(errors="replace").decode())
@@ -107,8 +152,13 @@ def check_rows(path, rows, fields):
 def stop_if_bad(path, bad):
     """Raises UserError if there are bad lines, with the first of them."""
     if bad:
-        lines = f"{len(bad)} bad line{'s' * (len(bad) > 1)}"
-        raise UserError("\n".join([*bad[:20], f"{lines} in {path}: correct or delete them. Nothing was written."]))
+        raise UserError("\n".join([*bad[:20], f"{count(bad, 'bad line')} in {path} to be corrected or deleted. Nothing "
+                                              "was written."]))
+
+
+def count(things, noun):
+    """How many there are, in words: 1 line, 2 lines."""
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
 def to_lines(rows):
@@ -122,26 +172,35 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def same_settings(path, settings):
-    """Writes what a folder is made with, or raises UserError if the folder was begun with something else."""
+def same_settings(path, settings, notes=()):
+    """Writes what a folder is made with, and dict(notes) beside it. Raises UserError if the folder was begun with other
+    settings, or if other files are in it already."""
+    folder = os.path.dirname(path)
     if not os.path.exists(path):
-        return write_file(path, json.dumps(settings, indent=1) + "\n")
+        if any(name != ".lock" and not name.endswith(".partial") for name in os.listdir(folder)):
+            raise UserError(f"{folder} holds other files and no {os.path.basename(path)}: move it away, or give "
+                            "another name.")
+        return write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
     found = read_json(path)
     for key, value in settings.items():
         if found.get(key) != value:
-            raise UserError(f"{os.path.dirname(path)} was begun with {key} {found.get(key)}, not {value}: use the same "
-                            "again, or another folder.")
+            what = f"{key} {found.get(key)}, not {value}"
+            if re.fullmatch("None|[0-9a-f]{16,}", str(found.get(key))):  # a checksum, which says nothing to a reader
+                what = f"other {key} than now"
+            raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")
 
 
 # ---- flags
 
 
-def at_least(low, kind=int):
-    """An argparse type: a finite number that is not below `low`."""
+def at_least(low, kind=int, high=math.inf):
+    """An argparse type: a finite number that is not below `low`, and not above `high`."""
     def number(text):
         value = kind(text)
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"must be {low} or more, not {text}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be {high} or less, not {text}")
         return value
     return number
 
@@ -184,6 +243,11 @@ def processes(folder, hours=24):
         barrier()
     if world > 1:
         dist.destroy_process_group()
+
+
+def is_first():
+    """Whether this is the first process, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def barrier():

@@ -10,7 +10,7 @@ Latents are stored as the network sees them, scaled by the autoencoder's factor.
 import functools
 import os
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import models
 from common import UserError, checksum, read_json, read_lines
@@ -20,8 +20,8 @@ class PairStore:
     """A finished pair store: store[i] -> (row, x_0_w, x_0_l), a dict and two tensors (channels, h, w); x_0_l is None in
     a store of winners only.
 
-    Raises UserError if the store is unfinished, or if its table or a shard is not what was written. A shard is checked
-    when it is first opened.
+    Raises UserError if the store is unfinished, or if its table or a shard is not what was written or can be no pairs.
+    A shard is checked when it is first opened.
     """
 
     def __init__(self, folder):
@@ -30,15 +30,21 @@ class PairStore:
             raise UserError(f"the pair store {folder} is not finished: run the build_pairs.py command that began it.")
         if not os.path.isfile(table) or checksum(table) != self.meta["table"]:
             raise UserError(f"{table} is missing or was changed after the pairs were made: make them in a new folder.")
-        self.rows, self.checked = read_lines(table), set()
-        for number, row in enumerate(self.rows, 1):
-            if not (isinstance(row.get("id"), str) and isinstance(row.get("c"), str) and row["c"].strip()
-                    and isinstance(row.get("c_minus"), str | None) and type(row.get("row")) is int and row["row"] >= 0
-                    and type(row.get("shard")) is int and 0 <= row["shard"] < len(self.meta["checksums"])):
-                raise UserError(f"{table}:{number}: not a row of a pair store, or its c is empty or its shard is "
-                                "missing.")
+        self.names = ("x_0_w", "x_0_l") if self.meta["negatives"] == "generated" else ("x_0_w",)
+        self.rows, self.checked, ids = read_lines(table), set(), set()
         if not len(self.rows) == self.meta["pairs"] > 0:
             raise UserError(f"{table} has {len(self.rows)} lines, and not one for each of {self.meta['pairs']} pairs.")
+        for i, row in enumerate(self.rows):
+            name, c, c_minus = row.get("id"), row.get("c"), row.get("c_minus")
+            if not (isinstance(name, str) and isinstance(c, str) and c.strip() and isinstance(c_minus, str | None)
+                    and (row.get("shard"), row.get("row")) == divmod(i, self.meta["shard_size"])):
+                raise UserError(f"{table}:{i + 1}: not a row of a pair store, or its c is empty or its shard is "
+                                "another one.")
+            if name in ids:
+                raise UserError(f"{table}:{i + 1}: 2 pairs have the id {name}.")
+            if c == c_minus:
+                raise UserError(f"{table}:{i + 1}: pair {name}: c and c_minus are the same to the model.")
+            ids.add(name)
         self.open_shard = functools.lru_cache(64)(self.open_shard)  # a process may have some 1000 files open
 
     def open_shard(self, number):
@@ -47,17 +53,40 @@ class PairStore:
         if number not in self.checked and not (
                 os.path.isfile(path) and checksum(path) == self.meta["checksums"][number]):
             raise UserError(f"{path} is missing or damaged: delete it and run its build_pairs.py command again.")
+        try:
+            shard = safe_open(path, framework="pt")
+            if number not in self.checked:
+                self.check_latents(path, shard, number)
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a shard of a pair store ({error}): make the pairs in a new "
+                            "folder.") from None
         self.checked.add(number)
-        return safe_open(path, framework="pt")
+        return shard
+
+    def check_latents(self, path, shard, number):
+        """Raises UserError if what a shard holds can be no latents of its pairs."""
+        first = number * self.meta["shard_size"]
+        shape = [len(self.rows[first:first + self.meta["shard_size"]]), *self.meta["latents"]]
+        for name in self.names:
+            x = shard.get_tensor(name)  # (pairs, channels, h, w)
+            if list(x.shape) != shape or not x.is_floating_point():
+                raise UserError(f"{path}: {name} is {x.dtype} of shape {list(x.shape)}, not floats of shape {shape}: "
+                                "make the pairs in a new folder.")
+            deviation = x.float().flatten(1).std(1)  # (pairs,)
+            bad = ((deviation < 0.001) | (deviation > 30)).nonzero().flatten().tolist()  # guess; it is near 1
+            if bad:
+                raise UserError(f"{path}: {name} of the pairs {[self.rows[first + k]['id'] for k in bad[:10]]} has a "
+                                f"deviation of {deviation[bad[0]]:.3g}: these are no scaled latents. Make the pairs in "
+                                "a new folder.")
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        row = self.rows[i]
-        shard = self.open_shard(row["shard"])
-        x_0_l = shard.get_slice("x_0_l")[row["row"]] if self.meta["negatives"] == "generated" else None
-        return row, shard.get_slice("x_0_w")[row["row"]], x_0_l
+        number, row = divmod(i, self.meta["shard_size"])
+        shard = self.open_shard(number)
+        x_0 = [shard.get_slice(name)[row] for name in self.names]
+        return self.rows[i], x_0[0], x_0[1] if len(x_0) > 1 else None
 
 
 def read_meta(folder):

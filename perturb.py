@@ -8,7 +8,8 @@ word here, as in the authors' code: what is left stays readable to any text enco
 so prompts of one word, and empty ones, give no pair: they are left out and counted.
 
 llama-alignment and llama-aesthetic, Sec. 4.3, 4.4: a chat model rewrites c. What it writes is a function of the prompts
-and the flags, not of the number of processes. A run that was stopped goes on when its command is given again.
+and the flags, not of the number of processes. The answers are kept in OUT.parts, so that a run that was stopped goes on
+when its command is given again.
 
 In: a text file, one prompt a line; a .jsonl or .parquet file with a column `prompt` and, if wished, an `id`; or
 `diffusiondb`, the paper's prompts. Of equal prompts the first is taken. pandas turns any other table into one of these:
@@ -23,7 +24,6 @@ import json
 import math
 import os
 import random
-import shutil
 
 from tqdm import tqdm
 
@@ -32,10 +32,14 @@ from common import (
     at_least,
     barrier,
     check_rows,
+    count,
+    is_first,
     json_lines,
+    parquet_rows,
     processes,
     program,
     same_settings,
+    text_lines,
     to_lines,
     write_file,
 )
@@ -99,11 +103,11 @@ def read_answer(answer, c):
     text = answer.strip()
     if text.startswith("```json") and text.endswith("```"):
         text = text[7:-3]
-    try:  # without the hook, the second of two equal keys would win silently
-        found = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(pairs) == 1 else None)
+    try:
+        found = json.loads(text)
     except (ValueError, RecursionError):  # RecursionError: thousands of brackets
         raise ValueError("not JSON") from None
-    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+    if not isinstance(found, dict) or found.keys() != {"prompt"} or not isinstance(found["prompt"], str):
         raise ValueError('not {"prompt": a text}')
     c_minus = found["prompt"].strip()
     c_minus.encode()  # a ValueError if it holds half a character, which JSON allows and no file can hold
@@ -167,14 +171,11 @@ def rewrite_all(args, prompts):
     """Rewrites [(id, c)] with all processes, part by part, in the folder OUT.parts, and returns what `rewrite` makes of
     them."""
     folder, instruction = args.out + ".parts", INSTRUCTIONS[args.strategy]
-    settings, begun = os.path.join(folder, "settings.json"), {".lock", "settings.json.partial"}
-    if os.path.isdir(folder) and not os.path.exists(settings) and set(os.listdir(folder)) - begun:
-        raise UserError(f"{folder} holds files that perturb.py did not write: move it away.")
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
     with processes(folder) as (rank, world, device):
         if rank == 0:
-            same_settings(settings, dict(
+            same_settings(os.path.join(folder, "settings.json"), dict(
                 strategy=args.strategy, perturb_seed=args.seed, llm=args.llm, batch_size=args.batch_size,
                 attempts=args.attempts, part=PART,
                 prompts=hashlib.sha256(json.dumps([instruction, prompts]).encode()).hexdigest()))
@@ -197,33 +198,17 @@ def read_prompts(source):
         source = fetch_diffusiondb()
     if not os.path.isfile(source):
         raise UserError(f"there is no file {source}.")
-    readers = {".jsonl": json_lines, ".parquet": parquet_rows, ".txt": text_lines, "": text_lines}
-    reader = readers.get(os.path.splitext(source)[1])
-    if not reader:
+    kind = os.path.splitext(source)[1]
+    if kind == ".jsonl":
+        rows = json_lines(source)
+    elif kind == ".parquet":
+        rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
+    elif kind in (".txt", ""):
+        rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
+    else:
         raise UserError(f"{source}: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl "
                         'file: pandas.read_csv("p.csv").to_json("p.jsonl", orient="records", lines=True)')
-    return check_rows(source, reader(source), ["prompt"])
-
-
-def text_lines(path):
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # check_rows notices what is not UTF-8
-        for number, line in enumerate(file, 1):
-            yield number, dict(prompt=line)
-
-
-def parquet_rows(path):
-    import pyarrow.parquet  # here, because few runs need it
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "prompt" not in names:
-                raise UserError(f"{path} has no column prompt; it has {', '.join(names)}.")
-            batches = file.iter_batches(columns=[name for name in ("id", "prompt") if name in names])
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield number, {name: "" if cell is None else cell for name, cell in row.items()}
-    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
-        raise UserError(f"{path} cannot be read as a .parquet file: {str(error).splitlines()[0]}") from None
+    return check_rows(source, rows, ["prompt"])
 
 
 def fetch_diffusiondb():
@@ -290,32 +275,37 @@ def parse(argv):
             setattr(args, flag, default)
         elif flag in (REMOVAL if rewriting else REWRITING):
             raise UserError(f"--{flag.replace('_', '-')} does not go with --strategy {args.strategy}.")
-    if os.path.isdir(args.out):
-        raise UserError(f"{args.out} is a folder: give the name of a .jsonl file to write.")
-    if os.path.exists(args.out) and os.path.exists(args.prompts) and os.path.samefile(args.prompts, args.out):
-        raise UserError(f"{args.out} is the file of prompts itself: give another name for the result.")
-    if rewriting and os.path.exists(args.out) and not os.path.exists(args.out + ".parts"):
-        raise UserError(f"{args.out} is there already: delete it to make it anew, or give another name.")
+    for path in [args.out, args.out + ".rejected.jsonl"] if rewriting else [args.out]:
+        if os.path.lexists(path) and not (os.path.isfile(path) and is_ours(path)):
+            raise UserError(f"{path} is there already, and perturb.py did not write it: give another name.")
     return args
+
+
+def is_ours(path):
+    """Whether each line of a file is as perturb.py writes it, which may then write it anew. Those of a pair store have
+    more in them."""
+    always = {"id", "c", "strategy", "perturb_seed"}
+    return all(isinstance(row, dict) and always <= row.keys() <= always | {"c_minus", "answer", "reason", "llm"}
+               for _, row in json_lines(path))
 
 
 @program
 def main(argv=None):
     args = parse(argv)
-    rewriting, first = args.strategy in INSTRUCTIONS, os.environ.get("RANK", "0") == "0"
-    if not rewriting and not first:
+    rewriting = args.strategy in INSTRUCTIONS
+    if not rewriting and not is_first():
         return  # one process is enough to remove words
 
-    rows = tqdm(read_prompts(args.prompts), "read", disable=not first)
+    rows = tqdm(read_prompts(args.prompts), "read", disable=not is_first())
     prompts, different, short, repeated = choose(rows, 1 if rewriting else 2, args.limit, args.seed)
     fewest = "one word" if rewriting else "two words"
     if not prompts:
         raise UserError(f"{args.prompts} has no prompt of {fewest} or more; nothing was written.")
-    for numbers, which in ((short, f"of fewer than {fewest}"), (repeated, "that are repeated")):
-        if numbers and first:
-            print(f"left out {len(numbers)} prompts {which}, in lines {', '.join(map(str, numbers[:10]))}"
+    for numbers, noun, more in ((short, "prompt", f" of fewer than {fewest}"), (repeated, "duplicate prompt", "")):
+        if numbers and is_first():
+            print(f"left out {count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
                   + ", ..." * (len(numbers) > 10))
-    if args.limit and first:
+    if args.limit and is_first():
         print(f"took {len(prompts)} of {different} different prompts")
 
     how = dict(strategy=args.strategy, perturb_seed=args.seed)
@@ -323,23 +313,18 @@ def main(argv=None):
         rows, how = rewrite_all(args, prompts), how | dict(llm=args.llm)
     else:
         rows = remove_all(prompts, args.seed, args.variants, args.low, args.high)
-    if not first:
+    if not is_first():
         return
     good = [row | how for row in rows if "c_minus" in row]
     rejected = [row | how for row in rows if "c_minus" not in row]
-    if rejected:
-        print(f"rejected {len(rejected)} prompts, after {args.attempts} unusable answers to each: "
-              f"{args.out}.rejected.jsonl")
-    if good:
-        write_file(args.out, to_lines(good))
     if rewriting:
         write_file(args.out + ".rejected.jsonl", to_lines(rejected))
-        done = args.out + ".parts.done"  # renamed before it is deleted: half of the parts would be a run to continue
-        shutil.rmtree(done, ignore_errors=True)
-        os.rename(args.out + ".parts", done)
-        shutil.rmtree(done)
+    if rejected:
+        print(f"rejected {count(rejected, 'prompt')}, after {args.attempts} unusable answers to each: "
+              f"{args.out}.rejected.jsonl")
     if not good:
         raise UserError(f"{args.llm} gave no usable answer; {args.out} was not written.")
+    write_file(args.out, to_lines(good))
     print(f"wrote {args.out}: {len(good)} pairs of prompts")
 
 

@@ -11,6 +11,8 @@ import sys
 
 import launch
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny_models
 import torch
@@ -111,7 +113,7 @@ def test_prompts_that_differ_only_where_the_model_reads_no_further_are_refused_b
     with pytest.raises(SystemExit) as stop:
         build(sd, tmp_path / "store", "--prompts", write_lines(tmp_path / "long.jsonl", rows), *STEPS)
     *bad, last = str(stop.value).splitlines()
-    assert [re.search(r"long.jsonl: (.*): c and c_minus are the same in what the model reads", line)[1] for line in bad] == ["p75", "p76"]
+    assert [re.search(r"long.jsonl: (.*): c and c_minus are the same in the 77 tokens that the model reads", line)[1] for line in bad] == ["p75", "p76"]
     assert last.startswith("2 bad lines in") and os.listdir(tmp_path / "store") == [".lock"]
 
 
@@ -209,7 +211,7 @@ def test_a_stopped_run_of_images_goes_on_past_a_mended_image_to_the_same_store(s
 def test_an_unreadable_image_is_named(damage, photos, tmp_path):
     (tmp_path / "bad.png").write_bytes(damage((photos[0] / "plain.png").read_bytes()))
     with pytest.raises(UserError, match=r"^\S*/bad.png cannot be read as an image \(.*\): replace it, or take its pair out.\Z"):
-        build_pairs.read_image(str(tmp_path / "bad.png"), 64)
+        build_pairs.read_image(str(tmp_path / "bad.png"), (tmp_path / "bad.png").read_bytes(), 64)
 
 
 def test_a_finished_store_has_these_files_and_is_left_alone(sd, prompts, pairs, capsys):
@@ -285,7 +287,7 @@ def test_two_processes_make_the_same_store(sd, prompts, pairs, tmp_path):
 
 def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(sd, prompts, pairs, tmp_path, monkeypatch):
     out, (soft, hard), whole = tmp_path / "store", resource.getrlimit(resource.RLIMIT_FSIZE), read_folder(pairs)
-    for most, file in ((100, "pairs.jsonl"), (3000, "shard-00000.safetensors"), (3000, "shard-00002.safetensors")):
+    for most, file in ((100, "meta.json"), (1000, "pairs.jsonl"), (3000, "shard-00000.safetensors"), (3000, "shard-00002.safetensors")):
         if "2" in file:
             with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped"):
                 stop_at_call(patch, 3)
@@ -369,6 +371,35 @@ def test_a_table_without_all_of_its_lines_is_refused_though_it_has_its_checksum(
             PairStore(copy)
 
 
+def scaled(x, deviation):
+    return x * deviation / x.std()
+
+
+BAD_SHARDS = {  # what it does to the first shard's x_0_w and x_0_l, of 3 pairs: how it is refused
+    "zero": (lambda w, l: dict(x_0_w=w, x_0_l=torch.stack([l[0], 0 * l[1], l[2]])), r"x_0_l of the pairs \['p1'\] has a deviation of 0"),
+    "constant": (lambda w, l: dict(x_0_w=w * 0 + 7, x_0_l=l), r"x_0_w of the pairs \['p0', 'p1', 'p2'\] has a deviation of 0"),
+    "huge": (lambda w, l: dict(x_0_w=torch.cat([w[:2], scaled(w[2:], 31)]), x_0_l=l), r"x_0_w of the pairs \['p2'\] has a deviation of 31: these are no scaled latents"),
+    "integers": (lambda w, l: dict(x_0_w=w, x_0_l=l.int()), r"x_0_l is torch.int32 of shape \[3, 4, 8, 8\], not floats"),
+    "narrow": (lambda w, l: dict(x_0_w=w[..., :7].contiguous(), x_0_l=l), r"x_0_w is torch.float32 of shape \[3, 4, 8, 7\], not floats of shape \[3, 4, 8, 8\]"),
+    "a pair too many": (lambda w, l: dict(x_0_w=torch.cat([w, w]), x_0_l=l), r"x_0_w is torch.float32 of shape \[6, 4, 8, 8\], not floats of shape \[3"),
+    "no losers": (lambda w, l: dict(x_0_w=w), r"is not a shard of a pair store \(.*x_0_l"),
+    "good": (lambda w, l: dict(x_0_w=scaled(w, 0.05).half(), x_0_l=torch.stack([scaled(x, 29) for x in l])), None)}
+
+
+@pytest.mark.parametrize("damage", BAD_SHARDS)
+def test_latents_that_can_be_none_are_refused_when_their_shard_is_opened_though_it_has_its_checksum(damage, copy):
+    change, message = BAD_SHARDS[damage]
+    save_file(change(*map(load_file(shard_path(copy, 0)).get, ("x_0_w", "x_0_l"))), shard_path(copy, 0))
+    vouch(copy, 0)
+    store = PairStore(copy)
+    assert store[3][1].shape == (4, 8, 8)
+    if message is None:
+        assert store[0][1].shape == (4, 8, 8)
+    else:
+        with pytest.raises(UserError, match=rf"^\S*/shard-00000.safetensors:? {message}"):
+            store[0]
+
+
 def test_a_check_names_everything_that_is_wrong_and_nothing_else(sd, prompts, pairs, tmp_path):
     assert check_store(PairStore(pairs), models.load(sd)) == []
     out = tmp_path / "store"
@@ -376,13 +407,10 @@ def test_a_check_names_everything_that_is_wrong_and_nothing_else(sd, prompts, pa
     rows = [json.loads(line) for line in open(out / "pairs.jsonl")]
     rows[2] |= dict(c="a red hat", c_minus="A  red hat")
     rows[9] |= dict(c="x " * 75 + "fox", c_minus="x " * 75 + "cup")
-    rows[3]["row"], rows[5]["row"], rows[4]["id"] = 1, 2, "p0"
     write_lines(out / "pairs.jsonl", rows)
     changes = {  # of x_0_w and x_0_l of a shard, with its checksum
-        2: lambda w, l: dict(x_0_w=w * 9.5 / w.std(), x_0_l=l * 0.11 / l.std()),  # good
-        3: lambda w, l: dict(x_0_w=w * 10.5 / w.std(), x_0_l=l), 4: lambda w, l: dict(x_0_w=w, x_0_l=l * 0.09 / l.std()),
-        5: lambda w, l: dict(x_0_w=torch.cat([w, w, w]), x_0_l=torch.cat([l, l.where(l < l.max(), torch.nan), l])),
-        6: lambda w, l: dict(x_0_w=w[..., :7].contiguous(), x_0_l=l), 7: lambda w, l: dict(x_0_w=w)}
+        3: lambda w, l: dict(x_0_w=scaled(w, 40), x_0_l=l), 4: lambda w, l: dict(x_0_w=w, x_0_l=l.double()),  # good
+        5: lambda w, l: dict(x_0_w=w, x_0_l=l.where(l < l.max(), torch.nan)), 6: lambda w, l: dict(x_0_w=w)}
     for s, change in changes.items():
         x_0 = load_file(shard_path(out, s))
         save_file(change(x_0["x_0_w"], x_0["x_0_l"]), shard_path(out, s))
@@ -393,13 +421,24 @@ def test_a_check_names_everything_that_is_wrong_and_nothing_else(sd, prompts, pa
         last = file.read()[-1]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
-    expected = ["2 pairs have the id p0", "pair p2: c and c_minus are the same to the model", "pair p9: c and c_minus are the same",
-                r"0\.\S+ is missing or damaged", r"1\.\S+ is missing or damaged", r"3\.\S+: x_0_w has a deviation of 10.5",
-                r"4\.\S+: x_0_l has a deviation of 0.09", r"5\.\S+: x_0_l is not finite in rows \[1\]",
-                r"6\.\S+: x_0_w has shape \[1, 4, 8, 7\], not pairs of \[4, 8, 8\]", r"7\.\S+ is not a shard of a pair store",
-                r"8\.\S+ is missing or damaged", "pair p3 is row 1 of a shard of 1"]
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps(meta | dict(scale=[1.0, 0.0])))
+    expected = ["pair p2: c and c_minus are the same to the model", "pair p9: c and c_minus are the same", rf"{out}: it holds latents .* of scale \[1.0, 0.0\]",
+                r"0\.\S+ is missing or damaged", r"1\.\S+ is missing or damaged", r"3\.\S+: x_0_w of the pairs \['p3'\] has a deviation of 40",
+                r"5\.\S+: x_0_l is not finite in rows \[0\]", r"6\.\S+ is not a shard of a pair store", r"8\.\S+ is missing or damaged"]
     found = check_store(PairStore(out), models.load(sd))
     assert len(found) == len(expected) and all(re.search(wanted, line) for wanted, line in zip(expected, found)), found
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(id="p0"), "2 pairs have the id p0"), (dict(c_minus="a tall tree on a hill"), "pair p4: c and c_minus are the same")])
+def test_pairs_that_are_no_pairs_are_refused_though_the_table_has_its_checksum(change, message, copy):
+    rows = [json.loads(line) for line in open(copy / "pairs.jsonl")]
+    rows[4] |= change
+    write_lines(copy / "pairs.jsonl", rows)
+    vouch(copy)
+    with pytest.raises(UserError, match=f"pairs.jsonl:5: {message}"):
+        PairStore(copy)
 
 
 def test_a_folder_with_other_files_is_not_made_a_store(sd, prompts, copy, tmp_path):
@@ -429,15 +468,127 @@ def test_a_store_is_not_continued_with_other_settings_prompts_or_images(sd, prom
             build(sd, pairs, *flags)
 
 
+def test_a_store_goes_on_with_the_same_weights_only_whatever_their_folder_is_called(sd, prompts, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-sd", "moved"):
+        shutil.copytree(sd, name)
+    given = ["--prompts", prompts, "--steps", 2, "--shard-size", 3]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped"):
+        stop_at_call(patch, 2)
+        build("tiny-sd", "store", *given)
+    tiny_models.make("tiny-sd", seed=1)  # other weights under the same name
+    before = read_folder("store")
+    with pytest.raises(SystemExit, match="^store was begun with other weights than now: use the same again, or another folder.$"):
+        build("tiny-sd", "store", *given)
+    assert read_folder("store") == before
+    for name in ("./moved", "moved/", tmp_path / "moved"):
+        build(name, "store", *given)
+    whole = read_folder(pairs)
+    made = read_folder("store")
+    assert {name: x for name, x in made.items() if name != "meta.json"} == {name: x for name, x in whole.items() if name != "meta.json"}
+    assert json.loads(made["meta.json"]) == json.loads(whole["meta.json"]) | dict(model="tiny-sd")
+    assert json.loads(made["meta.json"])["weights"] == models.fingerprint(models.load("moved"))
+
+
+def test_an_empty_c_minus_is_the_null_prompt_and_is_counted(sd, tmp_path, capsys):
+    rows = [dict(id=str(i), c=f"a fox {i}", c_minus=c_minus) for i, c_minus in enumerate(["", "fox", " "])]
+    build(sd, tmp_path / "store", "--prompts", write_lines(tmp_path / "p.jsonl", rows), "--steps", 1)
+    assert "2 pairs of 3 with an empty c_minus, which is the null prompt\n" in capsys.readouterr().out
+    assert [row["c_minus"] for row in PairStore(tmp_path / "store").rows] == ["", "fox", ""]
+
+
+def test_an_image_that_was_replaced_is_noticed_when_the_command_is_given_again(sd, photos, tmp_path):
+    folder = shutil.copytree(photos[0], tmp_path / "photos")
+    command = [sd, tmp_path / "store", "--from-images", folder, "--shard-size", 3]
+    build(*command)
+    whole, good = read_folder(tmp_path / "store"), (folder / "tall.png").read_bytes()
+    (folder / "tall.png").write_bytes((folder / "wide.png").read_bytes())  # the winner of the second pair
+    with pytest.raises(SystemExit, match=r"shard-00000.safetensors was made from other images of the pairs \['1'\] than are there now: put those back"):
+        build(*command)
+    assert read_folder(tmp_path / "store") == whole
+    os.remove(shard_path(tmp_path / "store", 0))
+    build(*command)
+    assert read_folder(tmp_path / "store").keys() == whole.keys() and read_folder(tmp_path / "store") != whole
+    os.remove(shard_path(tmp_path / "store", 0))
+    (folder / "tall.png").write_bytes(good)
+    build(*command)
+    assert read_folder(tmp_path / "store") == whole
+
+
+def pick_a_pic(path, rows, group=2):
+    """Writes a .parquet file of (jpg_0, jpg_1, label_0, caption), with a column that nobody reads."""
+    cells = zip(*rows, strict=True)
+    columns = dict(zip(("jpg_0", "jpg_1", "label_0", "caption"), cells)) | dict(user_id=range(len(rows)))
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=group, write_batch_size=10)  # rows in a page
+
+
+def test_pick_a_pics_files_give_the_pairs_that_their_images_would_without_ties(sd, photos, tmp_path, capsys):
+    folder, given = tmp_path / "data", [json.loads(line) for line in open(photos[0] / "metadata.jsonl")]
+    jpgs = [[(photos[0] / row[side]).read_bytes() for side in ("winner", "loser")] for row in given]
+    os.mkdir(folder)
+    pick_a_pic(folder / "train-00000-of-00002.parquet", [
+        (*jpgs[0], 1.0, "a fox"), (*jpgs[1], 0.5, "a tie"), (*jpgs[1][::-1], 0.0, "a fox"), (*jpgs[2], 1.0, " "), (*jpgs[2], 1.0, "a fox")])
+    pick_a_pic(folder / "train-00001-of-00002.parquet", [(*jpgs[3], None, "no label"), (*jpgs[3], 1.0, "a fox"), (*jpgs[0], 0.5, "a tie")])
+    pick_a_pic(folder / "test-00000-of-00001.parquet", [(*jpgs[0], 1.0, "of the test split")])
+    build(sd, tmp_path / "files", "--from-images", photos[0], "--shard-size", 3)
+    capsys.readouterr()
+    build(sd, tmp_path / "store", "--from-images", folder, "--shard-size", 3)
+    said = capsys.readouterr().out
+    assert "left out 3 of 8 pairs: ties\n" in said and "left out 1 of 8 pairs: without a caption or of one image\n" in said
+    assert f"4 pairs in 2 shards\nnext: python train.py --model {sd} --pairs {tmp_path / 'store'} --objective diffusion-dpo\n" in said
+    ours, theirs = PairStore(tmp_path / "store"), PairStore(tmp_path / "files")
+    assert [row["id"] for row in ours.rows] == ["000001", "000003", "000005", "000007"]
+    assert ours.rows[1]["winner"] == f"{folder}/train-00000-of-00002.parquet/1/0/jpg_1" and {row["c"] for row in ours.rows} == {"a fox"}
+    for i in range(4):
+        assert (ours[i][1] == theirs[i][1]).all() and (ours[i][2] == theirs[i][2]).all()
+    os.remove(shard_path(tmp_path / "store", 0))
+    whole = read_folder(tmp_path / "store")
+    build(sd, tmp_path / "store", "--from-images", folder, "--shard-size", 3)  # reads the second shard, then the first
+    assert whole.items() < read_folder(tmp_path / "store").items()
+    build(sd, tmp_path / "one", "--from-images", folder / "test-00000-of-00001.parquet")
+    assert PairStore(tmp_path / "one").rows[0]["c"] == "of the test split"
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([(b"x", b"x", 1.0, "a fox")], r"the winner and the loser of the pairs \['000001'\] are the same image: take these pairs out"),
+    ([(b"x", b"y", 1.0, "a fox")], r"a.parquet/0/0/jpg_0 cannot be read as an image"), ([(b"x", None, 1.0, "a fox")], r"a.parquet/0/0/jpg_1 is not the bytes of an image"),
+    ([(b"x", b"y", 0.5, "a fox")], "a.parquet has no pairs in it"), (None, "a.parquet must have one column label_0; it has caption"),
+    (b"text", "a.parquet cannot be read as a .parquet file")])
+def test_what_pick_a_pics_files_cannot_give_is_named(rows, message, sd, tmp_path):
+    if isinstance(rows, bytes):
+        (tmp_path / "a.parquet").write_bytes(rows)
+    elif rows is None:
+        pyarrow.parquet.write_table(pyarrow.table(dict(caption=["a fox"])), tmp_path / "a.parquet")
+    else:
+        pick_a_pic(tmp_path / "a.parquet", rows)
+    with pytest.raises(SystemExit, match=message):
+        build(sd, tmp_path / "store", "--from-images", tmp_path / "a.parquet")
+
+
+def test_a_row_group_of_images_is_not_in_memory_at_once(tmp_path):
+    noise, path, most = np.random.default_rng(0), str(tmp_path / "a.parquet"), 0
+    cells = [noise.bytes(100_000) for _ in range(400)]  # 40 MB
+    pick_a_pic(path, [(*cells[i:i + 2], 1.0, "a fox") for i in range(0, 400, 2)], group=200)
+    images, before = build_pairs.Images(), pyarrow.total_allocated_bytes()
+    for i, cell in enumerate(cells):
+        assert images.read(f"{path}/0/{i // 2}/jpg_{i % 2}") == cell
+        most = max(most, pyarrow.total_allocated_bytes())
+    assert 0 < most - before < 16_000_000
+    assert images.read(f"{path}/0/1/jpg_0") == cells[2]  # once more from the beginning
+
+
 @pytest.mark.parametrize("flag, row, message", [
     ("--prompts", dict(c="same", c_minus="same"), "2: c is empty, or c_minus is the same as c"),
     ("--prompts", dict(c="", c_minus="b"), "2: c is empty"), ("--prompts", dict(c="x"), "2: not a row with texts c, c_minus"),
     ("--prompts", None, "has no pairs in it"), ("--from-images", None, "has no pairs in it"),
     ("--from-images", GOOD | dict(loser="none.png"), "2: c is empty, .*or one of .*none.png.* is not there"),
     ("--from-images", GOOD | dict(winner="deep"), "2: c is empty, .*deep.* is not there"),
-    ("--from-images", GOOD | dict(c=" "), "2: c is empty"), ("--from-images", GOOD | dict(loser=GOOD["winner"]), "2: c is empty, winner and loser are the same"), ("--from-images", GOOD | dict(id="0"), "2: the id 0 is already that of"),
+    ("--from-images", GOOD | dict(c=" "), "2: c is empty"), ("--from-images", GOOD | dict(loser=GOOD["winner"]), "2: c is empty, winner and loser are the same image"),
+    ("--from-images", GOOD | dict(loser="deep/../plain.png"), "2: c is empty, winner and loser are the same image"),
+    ("--from-images", GOOD | dict(loser="copy.png"), "2: c is empty, winner and loser are the same image"), ("--from-images", GOOD | dict(id="0"), "2: the id 0 is already that of"),
     ("--from-images", dict(c="a fox", winner="plain.png"), "2: not a row with texts c, winner, loser")])
 def test_a_bad_line_is_named_and_nothing_is_begun(flag, row, message, sd, photos, tmp_path):
+    shutil.copy(photos[0] / "plain.png", photos[0] / "copy.png")
     rows = [GOOD | dict(id="0", c_minus="b"), row, GOOD | dict(id="2", c_minus="b")] if row else []
     with pytest.raises(SystemExit, match=f"bad.jsonl[: ]{message}"):
         build(sd, tmp_path / "store", flag, write_lines(photos[0] / "bad.jsonl", rows))
@@ -449,8 +600,8 @@ def test_a_bad_line_is_named_and_nothing_is_begun(flag, row, message, sd, photos
     (["--prompts", __file__], "test_build_pairs.py: there is no such .jsonl file"),
     (["--batch-size", "0"], "--batch-size: must be 1 or more, not 0"), (["--shard-size", "0"], "--shard-size: must be 1 or more"),
     (["--steps", "0"], "--steps: must be 1 or more"), (["--seed", "-1"], "--seed: must be 0 or more"),
-    (["--guidance", "nan"], "--guidance: must be 0 or more, not nan"), (["--out", __file__], "cannot read or write: .*File exists"),
-    *[(["--from-images", path], rf"--from-images {path}\S*: must be a folder with a metadata.jsonl, or such a .jsonl file")
+    (["--guidance", "nan"], "--guidance: must be 0 or more, not nan"), (["--guidance", "1e9"], "--guidance: must be 100 or less, not 1e9"), (["--out", __file__], "cannot read or write: .*File exists"),
+    *[(["--from-images", path], rf"--from-images {path}\S*: must be a folder with a metadata.jsonl or with Pick-a-Pic's .parquet files, or one such file")
       for path in (os.path.dirname(__file__), __file__, "none.jsonl")],
     *[(["--from-images", ".", flag, value], f"{flag} goes with pairs that are generated, not with --from-images")
       for flag, value in (("--prompts", "1"), ("--steps", "1"), ("--guidance", "1"), ("--seed", "1"), ("--negatives", "none"))]])
@@ -482,6 +633,13 @@ def test_inspect_says_and_draws_what_is_in_a_store(sd, pairs, tmp_path, capsys, 
     for arguments in (["--inspect", pairs, "--seed", "3"], []):
         with pytest.raises(SystemExit, match="give --model, or --inspect STORE and nothing else"):
             build_pairs.main(arguments)
+
+
+def test_inspect_tries_its_pictures_path_before_the_computing(copy, monkeypatch):
+    os.mkdir(f"{copy}.png")
+    monkeypatch.setattr(models, "load", None)
+    with pytest.raises(SystemExit, match=rf"^cannot read or write: .*Is a directory: '{copy}.png'"):
+        build_pairs.main(["--inspect", str(copy)])
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """common.py: errors as sentences, whole files, flags and processes."""
 
 import argparse
+import io
 import json
 import os
-import subprocess
+import signal
 import sys
+import time
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 import common
 from common import UserError
@@ -18,8 +21,10 @@ from common import UserError
     (UserError("this flag does not go with that one."), "this flag does not go with that one."),
     (OSError(28, "No space left on device", "pairs/x"), "cannot read or write: .*No space left on device: 'pairs/x'.*same command"),
     (SafetensorError("bad header"), "cannot read or write: bad header"),
+    (OSError("runs/x.pt: [enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598"), "write: runs/x.pt: torch could not write the whole file: the disk may be full. What"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected\npos"), "write: torch could not write the whole file: the disk may be full. What"),
     (torch.OutOfMemoryError("2 GiB"), "out of memory: give a smaller --batch-size.*--micro-batch.*2 GiB"),
-    (KeyboardInterrupt(), "stopped. The same command goes on")])
+    (KeyboardInterrupt(), "^stopped. The same command goes on from what was written, or begins anew where nothing was.$")])
 def test_a_program_ends_in_a_sentence_where_the_user_can_put_it_right(error, said):
     @common.program
     def main(argv=None):
@@ -45,6 +50,37 @@ def test_a_program_gives_its_flags_on_and_returns_what_main_returns():
         return argv
 
     assert main(["a"]) == ["a"] and main() is None and main.__name__ == "main"
+
+
+def test_characters_that_the_terminal_does_not_have_do_not_end_a_program(monkeypatch):
+    shown = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="cp1252", newline="\n"))
+        common.program(lambda argv=None: print("c⁻ of Bär 舟"))()
+        assert shown.getvalue() == b"c? of B\xe4r ?\n"
+
+
+@pytest.mark.parametrize("size", [1, 10**6])  # what is printed at the end only, or at once
+def test_a_closed_pipe_ends_a_program_in_a_sentence(size, monkeypatch):
+    out, into = os.pipe()
+    os.close(out)  # nobody reads
+    with os.fdopen(into, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit, match="^stopped, because nothing reads the output any more. The same command goes on"):
+            common.program(lambda argv=None: print("x" * size))()
+        sys.stdout.flush()  # as Python does at its end
+
+
+def test_an_error_stands_on_a_line_of_its_own_after_a_progress_bar(capsys):
+    @common.program
+    def main(argv=None):
+        bar = tqdm(total=2)
+        bar.update()
+        raise UserError("a sentence.")
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert capsys.readouterr().err.endswith("\n") and str(caught.value) == "a sentence."
 
 
 def test_a_file_appears_whole_or_not_at_all_and_with_its_folder(tmp_path):
@@ -76,10 +112,23 @@ def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
     assert json.load(open(path)) == dict(a=1, b="x") and os.stat(path).st_mtime_ns == before
     with pytest.raises(UserError, match="was begun with b x, not y: use the same again"):
         common.same_settings(path, dict(a=1, b="y"))
+    with pytest.raises(UserError, match="was begun with other weights than now: use the same again"):
+        common.same_settings(path, dict(weights="0123456789abcdef"))
+    common.write_file(path, json.dumps(dict(weights="fedcba9876543210")))
+    with pytest.raises(UserError, match=f"^{tmp_path} was begun with other weights than now: use the same again, or another folder.$"):
+        common.same_settings(path, dict(weights="0123456789abcdef"))
+    with pytest.raises(UserError, match=f"^{tmp_path} holds other files and no new.json: move it away"):
+        common.same_settings(str(tmp_path / "new.json"), dict(a=1))
+    os.remove(path)
+    (tmp_path / ".lock").touch()
+    (tmp_path / "new.json.partial").touch()
+    common.same_settings(path, dict(a=1), dict(note=2))
+    common.same_settings(path, dict(a=1), dict(note=3))
+    assert json.load(open(path)) == dict(note=2, a=1)
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (common.at_least(1), ["1", "30"], ["0", "-1", "1.5", "x"]), (common.at_least(0, float), ["0", "7.5"], ["-0.1", "inf", "nan"]),
+    (common.at_least(1), ["1", "30"], ["0", "-1", "1.5", "x"]), (common.at_least(0, float, 8), ["0", "7.5", "8"], ["-0.1", "inf", "nan", "8.1", "1e9"]),
     (common.positive, ["1e-9", "3"], ["0", "-1", "nan", "inf"])])
 def test_numbers_out_of_range_are_no_flags(kind, good, bad):
     for text in good:
@@ -102,15 +151,19 @@ def test_alone_there_is_one_process_and_it_holds_the_folder(tmp_path, monkeypatc
 
 
 def test_a_folder_held_by_another_process_is_free_when_that_is_killed(tmp_path):
-    holder = "import common, sys, time\nwith common.holding(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE,
-                               cwd=os.path.dirname(os.path.abspath(common.__file__)))
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with common.holding(str(tmp_path)):
+            os.write(into, b"held")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(out, 4) == b"held"
     try:
-        assert process.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="another process is writing into"), common.holding(str(tmp_path)):
             pass
     finally:
-        process.kill()
-        process.wait()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     with common.holding(str(tmp_path)):
         pass

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -87,8 +88,8 @@ def run(*arguments, **environment):
 
 def test_the_file_is_the_same_in_two_processes(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i} " + words(12) for i in range(50)))
-    for out, hash_seed in (("a.jsonl", "1"), ("b.jsonl", "2")):
-        assert run(tmp_path / "p.txt", tmp_path / out, "--variants", 3, PYTHONHASHSEED=hash_seed).returncode == 0
+    assert run(tmp_path / "p.txt", tmp_path / "a.jsonl", "--variants", 3, PYTHONHASHSEED="1").returncode == 0
+    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "b.jsonl"), "--variants", "3"])  # the hash seed here is random
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     rows = rows_of(tmp_path / "a.jsonl")
     assert len(rows) == 150 and len({row["id"] for row in rows}) == 150
@@ -120,33 +121,42 @@ def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
     bad = b'{"prompt": "fine and good"}\n{"prompt": 3}\n[1]\nnot json\n{"text": "no"}\n\xff\xfe\n'
     bad += b'{"prompt": "half a character \\ud800"}\n'
     (tmp_path / "p.jsonl").write_bytes(bad + b'{"id": "x", "prompt": "a b"}\n{"id": "x", "prompt": "c d"}\n')
-    (tmp_path / "out.jsonl").write_text("what was there")
+    before = json.dumps(dict(id="1", c="a b", c_minus="a", strategy="random-removal", perturb_seed=0))
+    (tmp_path / "out.jsonl").write_text(before)  # of an earlier run
     with pytest.raises(SystemExit) as stop:
         perturb.main([str(tmp_path / "p.jsonl"), str(tmp_path / "out.jsonl")])
     for number in (2, 3, 4, 5, 6, 7, 9):
         assert f"p.jsonl:{number}: " in str(stop.value)
     assert "p.jsonl:1: " not in str(stop.value) and "p.jsonl:8: " not in str(stop.value)
     assert "7 bad lines" in str(stop.value)
-    assert (tmp_path / "out.jsonl").read_text() == "what was there"
+    assert (tmp_path / "out.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["none.txt", "out.jsonl"], "no file none.txt"),
-    (["p.txt", "p.txt"], "the file of prompts itself"),
+    (["p.txt", "p.txt"], "^p.txt is there already, and perturb.py did not write it: give another name.$"),
     (["p.csv", "out.jsonl"], "p.csv: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl file: "),
-    (["p.JSONL", "out.jsonl"], "p.JSONL: the prompts must be"), (["p.json", "out.jsonl"], "p.json: the prompts must be"),
+    *[([name, "out.jsonl"], f"{name}: the prompts must be") for name in ("p.JSONL", "p.json", "p.tsv", "p.CSV")],
     (["p.txt", "out.jsonl", "--low", "0.8"], "--low and --high"), (["p.txt", "out.jsonl", "--high", "1"], "--low and --high"),
-    (["p.txt", "."], ". is a folder"), (["p.txt", "p.txt/out.jsonl"], "cannot read or write: .*p.txt"),
+    *[(["p.txt", out], f"{out} is there already, and perturb.py did not write it") for out in (".", "/dev/null", "dangling", "mine.jsonl", "pairs.jsonl")],
+    (["p.txt", "new.jsonl", "--strategy", "llama-aesthetic"], "new.jsonl.rejected.jsonl is there already, and perturb.py did not"),
+    (["p.txt", "p.txt/out.jsonl"], "cannot read or write: .*p.txt"),
     (["short.txt", "out.jsonl"], "no prompt of two words or more"),
 ])
 def test_mistakes_end_in_one_sentence(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("p.txt", "p.csv", "p.JSONL", "p.json"):
+    for name in ("p.txt", "p.csv", "p.JSONL", "p.json", "p.tsv", "p.CSV"):
         (tmp_path / name).write_text("a prompt of words\n")
     (tmp_path / "short.txt").write_text("word\n")
+    row = dict(id="1", c="a b", c_minus="a", strategy="random-removal", perturb_seed=0)  # as ours; that of a store has more
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row | dict(noise_seed=0, shard=0, row=0)))
+    for name in ("mine.jsonl", "new.jsonl.rejected.jsonl"):
+        (tmp_path / name).write_text(json.dumps(row) + '\n{"id": "2", "c": "a b", "c_minus": "a"}\n')
+    os.symlink("nowhere", "dangling")
+    before = {name: os.path.isfile(name) and open(name, "rb").read() for name in os.listdir()}
     with pytest.raises(SystemExit, match=message):
         perturb.main(arguments)
-    assert not os.path.exists("out.jsonl")
+    assert {name: os.path.isfile(name) and open(name, "rb").read() for name in os.listdir()} == before
 
 
 # ---- sources and samples
@@ -157,7 +167,7 @@ def write_table(path, prompts, **more):
 
 
 PROMPTS = ["a red fox", "ein großer, roter Bär", 'a sign: "no"', "", "horse", "a red fox", "two old boats"]
-KEPT = [1, 2, 3, 7]  # the others have fewer than two words, or came before
+KEPT = [1, 2, 3, 7]  # the others have fewer than two words, or are duplicates
 
 
 def test_every_kind_of_source_gives_the_same_prompts_and_counts_what_it_leaves_out(tmp_path, monkeypatch, capsys):
@@ -180,7 +190,7 @@ def test_every_kind_of_source_gives_the_same_prompts_and_counts_what_it_leaves_o
         assert [row["id"] for row in rows] == [ids.format(i) for i in KEPT]
         assert all(row["strategy"] == "random-removal" and row["perturb_seed"] == 0 for row in rows)
         assert "left out 2 prompts of fewer than two words, in lines 4, 5\n" in said
-        assert "left out 1 prompts that are repeated, in lines 6\n" in said
+        assert "left out 1 duplicate prompt, in lines 6\n" in said
     assert asked == [("poloclub/diffusiondb", "metadata.parquet", dict(repo_type="dataset"))]
 
 
@@ -192,7 +202,11 @@ def write(path, content):
     ("p.jsonl", lambda p: write(p, b"[" * 100_000 + b'\n{"prompt": ' + b"1" * 5000 + b"}\n"), r"^p.jsonl:1: not a row with texts prompt(.|\n)*\np.jsonl:2: not a row with texts prompt"),
     ("p.parquet", lambda p: write_table(p, [1, 2]), "^p.parquet:1: not a row with texts prompt: {'prompt': 1}\n.*:2: "),
     ("p.parquet", lambda p: write_table(p, ["a b", "c d"], id=["x", "x"]), "^p.parquet:2: the id x is already that of line 1"),
-    ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), "p.parquet has no column prompt; it has n, text"),
+    ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), "p.parquet must have one column prompt; it has n, text"),
+    ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table([["a b"], ["c d"]], ["prompt", "prompt"]), p), "p.parquet must have one column prompt; it has prompt, prompt"),
+    *[(name, lambda p, text=text: write(p, text), rf"^{name}:1: not UTF-8: save the file as UTF-8\n(.|\n)*2 bad lines in {name} to be") for name, text in (
+        ("p.txt", "a red fox\ntwo cups".encode("utf-16")), ("p.txt", "a red fox\ntwo cups".encode("utf-16-le")),
+        ("p.jsonl", '{"prompt": "a fox"}\n{"prompt": "a cup"}'.encode("utf-16")), ("p.txt", "ein Bär\nöl\n".encode("latin-1")))],
     ("p.parquet", lambda p: write(p, b"not a table"), "p.parquet cannot be read as a .parquet file: "),
     ("p.parquet", lambda p: (write_table(p, words(5000).split()), os.truncate(p, 3000)), "p.parquet cannot be read as a .parquet file: "),
 ])
@@ -238,7 +252,7 @@ def test_the_numbers_of_different_and_of_taken_prompts_are_reported(tmp_path, ca
     (tmp_path / "p.txt").write_text("".join(f"prompt {i % 30}\n" for i in range(100)))
     perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--limit", "7"])
     said = capsys.readouterr().out
-    assert "left out 70 prompts that are repeated, in lines 31, 32, " in said and ", 40, ...\n" in said
+    assert "left out 70 duplicate prompts, in lines 31, 32, " in said and ", 40, ...\n" in said
     assert "took 7 of 30 different prompts\n" in said and "7 pairs of prompts" in said
 
 
@@ -266,7 +280,7 @@ def test_a_sample_does_not_hold_all_prompts_in_memory():
     ('```json\n```json\n{"prompt": "a"}\n```\n```', "not JSON"), ('{"prompt": "a"}{"prompt": "b"}', "not JSON"), ("[" * 100_000, "not JSON"),
     ("1" * 5000, "not JSON"), ('{"prompt": "a\nb"}', "not JSON"), ("{}", "not {"), ('"an animal"', "not {"), ('[["prompt", "an animal"]]', "not {"),
     ('["prompt"]', "not {"), ("null", "not {"), ('{"prompt": 3}', "not {"), ('{"prompt": null}', "not {"), ('{"prompt": ["a"]}', "not {"),
-    ('{"Prompt": "a"}', "not {"), ('{"prompt": "a", "why": "b"}', "not {"), ('{"prompt": "a", "prompt": "b"}', "not {"), ('{"prompt": {"prompt": "a"}}', "not {"),
+    ('{"Prompt": "a"}', "not {"), ('{"prompt": "a", "why": "b"}', "not {"), ('{"prompt": {"prompt": "a"}}', "not {"),
     ('{"prompt": ""}', "empty or"), ('{"prompt": " \\n "}', "empty or"), ('{"prompt": "a red fox"}', "the same as c"),
     ('{"prompt": "A  Red\\tFOX "}', "the same as c"), ('{"prompt": "\\ud800 half"}', "surrogates not allowed"),
 ])
@@ -325,7 +339,6 @@ def llm(tmp_path, monkeypatch):
 
 
 def result(out):
-    assert not os.path.exists(f"{out}.parts") and not os.path.exists(f"{out}.parts.done")
     return open(out, "rb").read(), open(f"{out}.rejected.jsonl", "rb").read()
 
 
@@ -363,6 +376,13 @@ def test_rewritten_prompts_and_rejected_ones_together_are_all_prompts(llm, capsy
     assert len(set(ids)) == 15 and all(row["id"] == f"{int(row['c'].split()[1]) + 1:06d}" for row in good + rejected)
     assert [row["id"] for row in good] == sorted(row["id"] for row in good)
     assert len({row["c_minus"] for row in good}) == len(good)  # no part has another one's seed
+
+
+def test_a_finished_run_that_is_run_again_asks_nothing_and_writes_the_same(llm, monkeypatch):
+    expected = llm("out.jsonl")
+    monkeypatch.setattr(perturb, "load_llm", None)
+    os.remove("out.jsonl.rejected.jsonl")
+    assert llm("out.jsonl") == expected
 
 
 def test_the_answers_depend_on_seed_and_strategy_and_not_on_the_name_of_the_file(llm):
@@ -445,12 +465,12 @@ def test_killed_at_every_single_file_operation_it_goes_on_to_the_same_result(llm
         if code == 0:
             break
         assert code == 9, said
-        if os.path.exists("out.jsonl.parts") or not os.path.exists("out.jsonl"):
-            os.makedirs("out.jsonl.parts", exist_ok=True)
-            [code], said = in_children(again)
-            assert code == 0, said
-        assert (open("out.jsonl", "rb").read(), open("out.jsonl.rejected.jsonl", "rb").read()) == expected
+        os.makedirs("out.jsonl.parts", exist_ok=True)
+        [code], said = in_children(again)
+        assert code == 0, said
+        assert result("out.jsonl") == expected
         os.remove("out.jsonl")
+        shutil.rmtree("out.jsonl.parts")
     assert 20 < n < 60
 
 
@@ -476,7 +496,7 @@ def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
 
     assert in_children(stopped)[0] == [9]
     before = sorted(set(os.listdir("out.jsonl.parts")) - {".lock"})
-    for flags, said in ((["--seed", "1"], "perturb_seed 0, not 1"), (["--llm", "other"], "llm tiny, not other"), (["--limit", "19"], "prompts "),
+    for flags, said in ((["--seed", "1"], "perturb_seed 0, not 1"), (["--llm", "other"], "llm tiny, not other"), (["--limit", "19"], "other prompts than now: use the same again"),
                         (["--batch-size", "65"], "batch_size 64, not 65"), (["--attempts", "3"], "attempts 2, not 3"),
                         (["--strategy", "llama-alignment"], "strategy llama-aesthetic, not llama-alignment")):
         with pytest.raises(SystemExit, match=f"out.jsonl.parts was begun with {said}"):
@@ -485,8 +505,6 @@ def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
         llm("out.jsonl")
     assert sorted(set(os.listdir("out.jsonl.parts")) - {".lock"}) == before and len(before) == 3
     assert llm("out.jsonl") == llm("expected.jsonl")
-    with pytest.raises(SystemExit, match="out.jsonl is there already"):
-        llm("out.jsonl")
     os.makedirs("mine.jsonl.parts")
     open("mine.jsonl.parts/letter.txt", "w").close()
     with pytest.raises(SystemExit, match="move it away"):
@@ -540,10 +558,10 @@ def test_the_nonsense_of_a_random_llama_is_all_rejected(tmp_path, monkeypatch):
         perturb.main(["p.txt", "out.jsonl", "--strategy", "llama-alignment", "--llm", "llama", "--attempts", "1"])
     assert [(row["id"], row["c"], row["reason"]) for row in rows_of("out.jsonl.rejected.jsonl")] == [
         ("000001", "a red fox", "not JSON"), ("000003", "horse", "not JSON")]
-    assert sorted(os.listdir()) == ["llama", "out.jsonl.rejected.jsonl", "p.txt"]
+    assert sorted(os.listdir()) == ["llama", "out.jsonl.parts", "out.jsonl.rejected.jsonl", "p.txt"]
     make_llama("plain", None)
     with pytest.raises(SystemExit, match="--llm plain has no chat template"):
-        perturb.main(["p.txt", "out.jsonl", "--strategy", "llama-alignment", "--llm", "plain"])
+        perturb.main(["p.txt", "plain.jsonl", "--strategy", "llama-alignment", "--llm", "plain"])
 
 
 def test_a_chat_model_is_asked_by_its_own_template_padded_on_the_left_and_answers_by_the_seed(tmp_path, monkeypatch):
