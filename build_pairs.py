@@ -259,7 +259,7 @@ def check_store(store, model):
 def inspect(folder):
     """Says what is in a store, draws four of its pairs as FOLDER.png, and raises UserError with all that is wrong."""
     store, picture = PairStore(folder), os.path.normpath(folder) + ".png"
-    open(picture, "ab").close()  # tried now, not after the computing
+    plots.try_path(picture)
     print(json.dumps({key: value for key, value in store.meta.items() if key not in ("checksums", "table")}, indent=1))
     model = models.load(store.meta["model"])
     problems = check_store(store, model)

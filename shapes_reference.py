@@ -46,9 +46,9 @@ def make_dataset(seed, count):
 
 def fit(net, loss_of_batch, updates, batch, lr, path, check=None, every=500):
     """AdamW on batches of random indices; the rate is constant and goes to 0 over the last quarter. Returns the moving
-    average of the weights and the state. That is kept in the file `path`, so that a stopped training goes on exactly from
-    there, and one that ended goes on when it is asked for more updates ("ends" lists what was asked for so far): all that
-    is random comes from the seed and the update's number."""
+    average of the weights and the state. That is kept in the file `path`, so that a stopped training goes on exactly
+    from there, and one that ended goes on when it is asked for more updates ("ends" lists what was asked for so far):
+    all that is random comes from the seed and the update's number."""
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))

@@ -32,9 +32,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, program
+from common import program
 from loss import ddspo_loss, diffusion_dpo_loss, preference_loss
-from plots import save_figure
+from plots import save_figure, try_path
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen must be chosen first)
@@ -371,15 +371,6 @@ def draw_lines(axis, result, xs, changes, score, xlabel, ylabel):
                       color="C3" if name == "D-DPO" else "C0", linestyle="-" if source == "apart" else "--")
     axis.set(xscale="log", xticks=xs, xticklabels=xs, xlabel=xlabel, ylabel=ylabel)
     axis.minorticks_off()
-
-
-def try_path(path):
-    """Raises UserError or OSError, before anything is computed, if no picture can be written here."""
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise UserError(f"--out {path!r} is a folder: give the name of a picture, as in figures/toy2d.png.")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    open(path + ".partial", "wb").close()
-    os.remove(path + ".partial")
 
 
 @program

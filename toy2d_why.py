@@ -29,7 +29,7 @@ import torch
 
 import toy2d
 from common import program
-from plots import save_figure
+from plots import save_figure, try_path
 from toy2d import K, T
 
 matplotlib.use("Agg")
@@ -148,7 +148,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", default="figures/toy2d_why.png", help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
-    toy2d.try_path(args.out)
+    try_path(args.out)
 
     keys = list(itertools.product(SOURCES, LINES, [False, True]))
     jobs = [functools.partial(measure, seed, source, n, OBJECTIVES[name], known)

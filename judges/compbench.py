@@ -6,10 +6,12 @@ T2I-CompBench (BLIP_vqa.py, 2D_spatial_eval.py, 3_in_1.py). The paper's CB is th
     non_spatial             CLIPScore (judges/preference.py)
     complex                 the mean of those three scores that apply to the prompt
 
-What differs from the official judges. BLIP-VQA: spaCy 3.8's noun phrases, not 3.5's; else the same, with BLIP's own
-weights at 480 pixels. Spatial: the official UniDet script (non-commercial) has no port. It runs on the folders that
-evaluate.py writes, and its results are read when they are there: then the scores are T2I-CompBench's. Until then OWLv2
-finds the objects, and spatial~, complex~ and CB~ are on another scale.
+What differs from the official judges. BLIP-VQA: the noun phrases of spaCy 3.8, not 3.5; else the same, with BLIP's own
+weights at 480 pixels. Complex: as DDSPO's authors run it; T2I-CompBench's README gives UniDet and CLIPScore the flag
+`--complex True`, by which the first looks for other nouns and the second leaves out adjectives. Spatial: the official
+UniDet script (non-commercial) has no port. It runs on the folders that evaluate.py writes, and its results are read
+when they are there: then the scores are T2I-CompBench's. Until then OWLv2 finds the objects, and spatial~, complex~ and
+CB~ are on another scale.
 """
 
 import itertools

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError
-from judges.shared import fetch, fetch_text
+from judges.shared import BROKEN, fetch, fetch_text
 
 NOTA = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/data"
 
@@ -63,6 +63,9 @@ def load_inception(device):
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"]).to(device).eval()
     except ImportError as error:
         raise UserError(f"FID and IS need torch-fidelity ({error}): pip install -r requirements-eval.txt") from None
+    except BROKEN as error:  # damaged weights, or a torchvision of another build
+        raise UserError(f"cannot load torch-fidelity's Inception ({error}): delete weights-inception*.pth in "
+                        f"{torch.hub.get_dir()}/checkpoints, and pip install -r requirements-eval.txt") from None
     return torch.nn.Sequential(*list(net.children())[:-1], torch.nn.Flatten()), net
 
 

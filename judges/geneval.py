@@ -3,10 +3,10 @@
 A detector finds objects and CLIP L/14 names their colours. The verdict is right if the image shows what the prompt asks
 for: so many objects of a class, of a colour, on the right side of others, and no more of them when they are counted.
 
-What differs from the official judge: the detector is Facebook's Mask2Former Swin-S (CC BY-NC), not OpenMMLab's. It is
-the same network with other weights, so that scores compare only with those made here. Input and post-processing are
-those of mmdet: 800 pixels and its bilinear masks, not the hub's 384. The rules give the official answers. `lenient` in
-the scores is the position rule of DDSPO's authors, to which the paper's figures belong.
+The detector is GenEval's own, OpenMMLab's Mask2Former Swin-S, in transformers' class: mmdet's weights renamed, with
+mmdet's input of 800 pixels and its bilinear masks. GenEval's script names an older file; that it holds the same weights
+is known from the files' names only. The rules give the official answers. `lenient` in the scores is the position rule
+of DDSPO's authors, to which the paper's figures belong.
 """
 
 import itertools
@@ -15,14 +15,20 @@ import json
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 
-from judges.shared import clip_embed, fetch_lines, from_hub, normalised, overlap, unit
+from judges.shared import clip_embed, fetch_lines, from_hub, from_url, normalised, overlap, rename, unit
 
 REPOSITORY = "https://raw.githubusercontent.com/djghosh13/geneval/16f1681160a110fd077309eb04c1e004f951e06d"
-DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
+CLIP = "openai/clip-vit-large-patch14"
+DETECTOR = ("https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco/"
+            "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth")  # c9d0c4f2: of its sha256
+DETECTOR_CONFIG = dict(num_labels=80, backbone_config=dict(
+    model_type="swin", embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7,
+    out_features=["stage1", "stage2", "stage3", "stage4"]))
 COCO_MEAN, COCO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INPUT = (800, 800)  # mmdet's size of a square image; it is a multiple of 32, so that nothing is padded
+LONGEST, SHORTEST, MULTIPLE = 1333, 800, 32  # of the detector's input: the sides at most, both padded to a multiple
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 
@@ -126,11 +132,14 @@ def instances(class_logits, mask_logits, padded, resized, size, most=100):
 
 @torch.no_grad()
 def detect(net, image, names, threshold=0.3):
-    """{class: [(box with score, mask as a PIL image)]} of the detections above GenEval's threshold, best first, in a
-    square image."""
-    x = F.interpolate(unit(image)[None], INPUT, mode="bilinear", align_corners=False)[0]
-    out, found = net(pixel_values=normalised(x, COCO_MEAN, COCO_STD)[None].to(net.device)), {}
-    labels, boxes, masks = instances(out.class_queries_logits[0], out.masks_queries_logits[0], INPUT, INPUT,
+    """{class: [(box with score, mask as a PIL image)]} of the detections above GenEval's threshold, best first."""
+    scale = min(LONGEST / max(image.size), SHORTEST / min(image.size))
+    h, w = resized = [int(side * scale + 0.5) for side in image.size[::-1]]
+    padded = [-(-side // MULTIPLE) * MULTIPLE for side in resized]
+    x = F.interpolate(unit(image)[None], resized, mode="bilinear", align_corners=False)[0]
+    x = F.pad(normalised(x, COCO_MEAN, COCO_STD), (0, padded[1] - w, 0, padded[0] - h))
+    out, found = net(pixel_values=x[None].to(net.device)), {}
+    labels, boxes, masks = instances(out.class_queries_logits[0], out.masks_queries_logits[0], padded, resized,
                                      image.size[::-1])
     for i in boxes[:, 4].argsort(descending=True).tolist():
         if boxes[i, 4] > threshold:
@@ -153,10 +162,57 @@ def name_colors(net, tokenizer, crops, name):
     return [COLORS[k] for k in (seen @ said.T).argmax(1).tolist()]
 
 
+INSIDE = "model.transformer_module."
+FFN = [("ffn.layers.0.0", "fc1"), ("ffn.layers.1", "fc2")]
+MMDET = {  # a part of mmdet's network: where it is in transformers', and how its weights are renamed, in this order
+    "backbone.": ("model.pixel_level_module.encoder.", [
+        ("patch_embed.projection", "swin.embeddings.patch_embeddings.projection"), ("stages", "swin.encoder.layers"),
+        ("patch_embed.norm", "swin.embeddings.norm"), (".norm1.", ".layernorm_before."), ("ffn", "mlp.ffn"), *FFN,
+        (".norm2.", ".layernorm_after."), *[(f"norm{i}", f"hidden_states_norms.stage{i + 1}") for i in range(4)],
+        ("attn.w_msa.qkv", "attention.{}_proj"), ("attn.w_msa.proj", "attention.o_proj"),
+        ("attn.w_msa.relative", "attention.relative_position_bias.relative")]),
+    "panoptic_head.pixel_decoder.": ("model.pixel_level_module.decoder.", [
+        ("input_convs", "input_projections"), ("lateral_convs.0", "adapter_1"), ("output_convs.0", "layer_1"),
+        (".conv.", ".0."), (".gn.", ".1."), ("mask_feature", "mask_projection"), *FFN,
+        ("level_encoding.weight", "level_embed"), ("norms.0", "self_attn_layer_norm"),
+        ("norms.1", "final_layer_norm")]),
+    "panoptic_head.transformer_decoder.": (INSIDE + "decoder.", [
+        ("self_attn.attn.in_proj_", "self_attn.{}_proj."), ("_attn.attn.", "_attn."), ("post_norm", "layernorm"), *FFN,
+        ("norms.0", "cross_attn_layer_norm"), ("norms.1", "self_attn_layer_norm"), ("norms.2", "final_layer_norm")]),
+    "": ("", [
+        ("panoptic_head.", ""), ("query_embed", INSIDE + "queries_embedder"), ("cls_embed", "class_predictor"),
+        ("query_feat", INSIDE + "queries_features"), ("level_embed", INSIDE + "level_embed"),
+        *[(f"mask_embed.{2 * i}", f"{INSIDE}decoder.mask_predictor.mask_embedder.{i}.0") for i in range(3)]])}
+
+
+def mask2former_from_mmdet(state):
+    """The names of mmdet's checkpoint -> those of Mask2FormerForUniversalSegmentation."""
+    found = {}
+    for name, x in state.items():
+        part = next(part for part in MMDET if name.startswith(part))
+        place, renames = MMDET[part]
+        new = place + rename(name.removeprefix(part), renames)
+        if ".downsample." in name:  # nn.Unfold's order of a patch's four neighbours -> Swin's own
+            x = x.unflatten(-1, (-1, 4)).mT[..., [0, 2, 1, 3], :].flatten(-2)
+        if "{}" in new:
+            found |= {new.format(letter): third for letter, third in zip("qkv", x.chunk(3))}
+        elif not name.endswith("relative_position_index"):  # a buffer that transformers computes
+            found[new] = x
+    return found
+
+
+def mask2former(config):
+    """The network without its loss and a norm that is not used: mmdet's checkpoint has nothing for them."""
+    net = transformers.Mask2FormerForUniversalSegmentation(config)
+    net.criterion, net.model.pixel_level_module.encoder.swin.layernorm = None, torch.nn.Identity()
+    return net
+
+
 def load(device, data):
     names = fetch_lines(data, "geneval/object_names.txt", f"{REPOSITORY}/evaluation/object_names.txt")
     # ^ GenEval's names in COCO's order; the hub's labels differ
-    net = from_hub("Mask2FormerForUniversalSegmentation", DETECTOR, device)
+    net = from_url(mask2former, transformers.Mask2FormerConfig(**DETECTOR_CONFIG), DETECTOR,
+                   lambda checkpoint: mask2former_from_mmdet(checkpoint["state_dict"]), device)
     clip, tokenizer = from_hub("CLIPModel", CLIP, device), from_hub("AutoTokenizer", CLIP)
 
     def judge(rows, images):

@@ -11,6 +11,7 @@ did before 0.17 and so for the published tables.
 
 import html
 import json
+import re
 
 import torch.nn.functional as F
 import transformers
@@ -55,6 +56,12 @@ def hps_pixels(image, size=224):
     return normalised(F.pad(x, (left, size - w - left, top, size - h - top))[0])
 
 
+def open_clip_text(prompt):
+    """A prompt as open_clip's tokenizer cleans it: straight quotation marks (by ftfy), and unescaped twice."""
+    prompt = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', prompt))
+    return html.unescape(html.unescape(prompt))
+
+
 def clip_from_open_clip(state):
     """The names of open_clip's weights -> those of CLIPModel."""
     renames = [("token_embedding", "embeddings.token_embedding"), ("class_embedding", "embeddings.class_embedding"),
@@ -82,6 +89,5 @@ def load_hps(device, data):
     by_cosine = cosine(net, from_hub("AutoTokenizer", CLIP_H), 100, hps_pixels)
 
     def judge(rows, images):
-        """Twice unescaped, as open_clip's tokenizer does."""
-        return by_cosine([row | dict(prompt=html.unescape(html.unescape(row["prompt"]))) for row in rows], images)
+        return by_cosine([row | dict(prompt=open_clip_text(row["prompt"])) for row in rows], images)
     return judge

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 
 from common import UserError
 
 # ---- lists and networks
+
+BROKEN = (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError)  # weights
 
 
 def fetch(data, name, url):
@@ -49,21 +52,20 @@ def from_hub(kind, name, device=None):
     """A pretrained model of transformers, in float32 on `device`; without a device, a tokenizer or a configuration."""
     try:
         found = getattr(transformers, kind).from_pretrained(name, **dict(dtype=torch.float32) if device else {})
-    except OSError as error:
+    except (*BROKEN, ImportError, ValueError) as error:  # a torchvision of another build gives a RuntimeError
         raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from None
     return found.to(device).eval().requires_grad_(False) if device else found
 
 
 def from_url(build, config, url, convert, device):
     """The model build(config) of transformers with the weights convert(checkpoint) of its authors' own checkpoint."""
-    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    try:
-        checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    net, place = build(config), os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    try:  # check_hash: where the file's name ends in the first digits of its sha256, they must be right
+        checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
+        net.load_state_dict(convert(checkpoint))
+    except BROKEN as error:
         raise UserError(f"cannot fetch or read {url} ({error}): delete {place} if it is there, or fetch the file on "
                         "another machine and put it there.") from None
-    net = build(config)
-    net.load_state_dict(convert(checkpoint))
     return net.to(device).eval().requires_grad_(False)
 
 

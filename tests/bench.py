@@ -26,6 +26,7 @@ import numpy as np
 import tiny_models
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -297,7 +298,7 @@ def plain_pairs(model, rows, args):
 
 def our_pairs(model, rows, args):
     """As build_pairs.py makes them -> latents (2, pairs, channels, h, w)."""
-    made = build_pairs.make_shard(model, rows, args, tqdm(disable=True))
+    made = load(build_pairs.make_shard(model, rows, args, tqdm(disable=True), None))
     return torch.stack([made["x_0_w"], made["x_0_l"]]).float()
 
 

@@ -1,11 +1,16 @@
 """FID and IS against the answers of pytorch-fid and torch-fidelity, and what Inception sees."""
 
+import pickle
+import sys
+import types
+
 import numpy as np
 import pytest
 import tiny_judges
 import torch
 from PIL import Image
 
+from common import UserError
 from judges import fid
 
 
@@ -30,6 +35,18 @@ def test_the_order_of_judging_does_not_change_fid_and_is(tmp_path):
     mu, sigma = fid.real_statistics(str(tmp_path))
     assert summary["FID"] == pytest.approx(fid.frechet(features.mean(0), torch.cov(features.T), mu, sigma))
     assert (summary["IS"], summary["IS, spread over its 10 parts"]) == fid.inception_score(torch.stack([one["logits"] for one in found]))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operator torchvision::nms does not exist"), pickle.UnpicklingError("invalid load key")])
+def test_a_torchvision_of_another_build_and_a_damaged_inception_end_in_a_sentence(error, monkeypatch):
+    def extractor(*arguments):
+        raise error
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(UserError, match=rf"Inception \({error}\): delete .*, and pip install -r requirements-eval.txt"):
+        fid.load_inception("cpu")
 
 
 def test_both_networks_see_the_images_as_their_authors_code_gives_them(tmp_path, monkeypatch):

@@ -83,6 +83,17 @@ def test_pickscore_reads_prompts_by_the_tokenizer_of_clip_h(clip, monkeypatch):
     assert pick["value"] == pytest.approx(net.logit_scale.exp().item() * clipscore["value"], rel=1e-4)
 
 
+def test_hpsv2_reads_prompts_as_open_clip_cleans_them(clip, monkeypatch):
+    """By ftfy, of which only straight quotation marks matter to HPSv2's prompts, and unescaped twice."""
+    assert preference.open_clip_text("“a” ‘b’ `c´ d’s ‟e‛ &amp;amp; f&quot; ü") == "\"a\" 'b' `c´ d's \"e' & f\" ü"
+    asked = []
+    monkeypatch.setattr(preference, "from_hub", lambda *arguments: None)
+    monkeypatch.setattr(preference, "from_url", lambda *arguments: None)
+    monkeypatch.setattr(preference, "cosine", lambda *arguments: lambda rows, images: asked.extend(rows))
+    preference.load_hps("cpu", "")([dict(prompt="a dog’s &amp; a cat’s", index=3)], [])
+    assert asked == [dict(prompt="a dog's & a cat's", index=3)]
+
+
 def test_weights_are_float32_whatever_their_file(clip, tmp_path):
     transformers.CLIPModel.from_pretrained(clip).half().save_pretrained(tmp_path / "half")
     assert shared.from_hub("CLIPModel", str(tmp_path / "half"), "cpu").dtype == torch.float32

@@ -25,16 +25,87 @@ def clip(folder):
     tokenizer.save_pretrained(folder)
 
 
-def mask2former(folder):
+DETECTOR_CONFIG = dict(
+    feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2,
+    num_attention_heads=2, dim_feedforward=16, num_queries=5, num_labels=80, backbone_config=dict(
+        model_type="swin", embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"]))
+
+
+def mask2former():
+    """Mask2FormerForUniversalSegmentation, and its weights under the names of mmdet's checkpoint."""
     torch.manual_seed(2)
-    backbone = transformers.SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
-                                       out_features=["stage1", "stage2", "stage3", "stage4"])
-    net = transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(
-        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1,
-        decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=5, num_labels=80))
+    net = transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(**DETECTOR_CONFIG)).eval()
+    for x in net.parameters():  # no two alike, not even the norms
+        x.data += 1e-4 * torch.randn(x.shape)
     net.class_predictor.weight.data *= 60  # sure of itself, so that something is above 0.3
-    net.class_predictor.bias.data[78] += 12
-    net.save_pretrained(folder)
+    net.class_predictor.bias.data[78] += 14
+    state, theirs = net.state_dict(), {}
+    encoder, pixel, module = "model.pixel_level_module.encoder.", "model.pixel_level_module.decoder.", "model.transformer_module."
+
+    def move(new, old, kinds=("weight", "bias")):
+        for kind in kinds:
+            theirs[f"{new}.{kind}"] = state.pop(f"{old}.{kind}")
+
+    def join(new, old):
+        """The three projections of an attention in one tensor."""
+        for kind in ("weight", "bias"):
+            theirs[new + kind] = torch.cat([state.pop(f"{old}.{letter}_proj.{kind}") for letter in "qkv"])
+
+    def mlp(new, old):
+        move(new + ".ffn.layers.0.0", old + "fc1")
+        move(new + ".ffn.layers.1", old + "fc2")
+
+    move("backbone.patch_embed.projection", encoder + "swin.embeddings.patch_embeddings.projection")
+    move("backbone.patch_embed.norm", encoder + "swin.embeddings.norm")
+    for i in range(4):
+        new, old = f"backbone.stages.{i}.blocks.0", f"{encoder}swin.encoder.layers.{i}.blocks.0"
+        join(new + ".attn.w_msa.qkv.", old + ".attention")
+        move(new + ".attn.w_msa.proj", old + ".attention.o_proj")
+        theirs[new + ".attn.w_msa.relative_position_bias_table"] = state.pop(
+            old + ".attention.relative_position_bias.relative_position_bias_table")
+        theirs[new + ".attn.w_msa.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+        move(new + ".norm1", old + ".layernorm_before")
+        move(new + ".norm2", old + ".layernorm_after")
+        mlp(new, old + ".mlp.")
+        move(f"backbone.norm{i}", f"{encoder}hidden_states_norms.stage{i + 1}")
+        if i < 3:  # Swin has the neighbours (y, x) = 00, 10, 01, 11, each with all channels; nn.Unfold 00, 01, 10, 11 of a channel
+            for name in ("reduction.weight", "norm.weight", "norm.bias"):
+                x = state.pop(f"{encoder}swin.encoder.layers.{i}.downsample.{name}")
+                four = x.chunk(4, -1)
+                theirs[f"backbone.stages.{i}.downsample.{name}"] = torch.stack([four[0], four[2], four[1], four[3]], -1).flatten(-2)
+    head = "panoptic_head.pixel_decoder."
+    for i in range(3):
+        move(f"{head}input_convs.{i}.conv", f"{pixel}input_projections.{i}.0")
+        move(f"{head}input_convs.{i}.gn", f"{pixel}input_projections.{i}.1")
+    for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
+        move(f"{head}encoder.layers.0.self_attn.{part}", f"{pixel}encoder.layers.0.self_attn.{part}")
+    move(head + "encoder.layers.0.norms.0", pixel + "encoder.layers.0.self_attn_layer_norm")
+    move(head + "encoder.layers.0.norms.1", pixel + "encoder.layers.0.final_layer_norm")
+    mlp(head + "encoder.layers.0", pixel + "encoder.layers.0.")
+    theirs[head + "level_encoding.weight"] = state.pop(pixel + "level_embed")
+    for new, old, bias in (("lateral_convs.0.conv", "adapter_1.0", []), ("lateral_convs.0.gn", "adapter_1.1", ["bias"]),
+                           ("output_convs.0.conv", "layer_1.0", []), ("output_convs.0.gn", "layer_1.1", ["bias"]),
+                           ("mask_feature", "mask_projection", ["bias"])):
+        move(head + new, pixel + old, ["weight", *bias])
+    for i in range(DETECTOR_CONFIG["decoder_layers"] - 1):
+        new, old = f"panoptic_head.transformer_decoder.layers.{i}", f"{module}decoder.layers.{i}."
+        join(new + ".self_attn.attn.in_proj_", old + "self_attn")
+        move(new + ".self_attn.attn.out_proj", old + "self_attn.out_proj")
+        for kind in ("weight", "bias"):
+            theirs[f"{new}.cross_attn.attn.in_proj_{kind}"] = state.pop(f"{old}cross_attn.in_proj_{kind}")
+        move(new + ".cross_attn.attn.out_proj", old + "cross_attn.out_proj")
+        for k, norm in enumerate(("cross_attn", "self_attn", "final")):
+            move(f"{new}.norms.{k}", f"{old}{norm}_layer_norm")
+        mlp(new, old)
+    move("panoptic_head.transformer_decoder.post_norm", module + "decoder.layernorm")
+    move("panoptic_head.cls_embed", "class_predictor")
+    for new, old in dict(query_embed="queries_embedder", query_feat="queries_features", level_embed="level_embed").items():
+        move(f"panoptic_head.{new}", module + old, ["weight"])
+    for i in range(3):
+        move(f"panoptic_head.mask_embed.{2 * i}", f"{module}decoder.mask_predictor.mask_embedder.{i}.0")
+    assert sorted(state) == ["criterion.empty_weight", f"{encoder}swin.layernorm.bias", f"{encoder}swin.layernorm.weight"]
+    return net, theirs
 
 
 def owl(folder):
