@@ -67,6 +67,8 @@ def write_file(path, content):
             file.write(content.encode() if isinstance(content, str) else content)
         os.replace(path + ".partial", path)
     except OSError as error:  # of a full disk it does not name the file
+        if os.path.isfile(path + ".partial"):
+            os.remove(path + ".partial")
         raise OSError(error.errno, error.strerror, path) from None
 
 

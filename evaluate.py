@@ -383,8 +383,7 @@ def grid(args):
     prompts = read_prompts(args.prompts)[:args.rows]
     if not prompts:
         raise UserError(f"{args.prompts} has no prompts in it.")
-    write_file(args.out + ".trial", "")  # a place that cannot be written is noticed now
-    os.remove(args.out + ".trial")
+    plots.try_path(args.out)
     columns, device = [], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in args.models:
         model, images = load_model(name, args, device), []

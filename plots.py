@@ -92,7 +92,7 @@ def save_figure(figure, path):
 def try_path(path):
     """Raises UserError or OSError, before anything is computed, if no picture can be written here."""
     if os.path.isdir(path) or not os.path.basename(path):
-        raise UserError(f"{path!r} is a folder: give the name of a picture, such as figures/toy2d.png.")
+        raise UserError(f"{path!r} is a folder, but a picture is to be written there: move it, or give another name.")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     open(path + ".partial", "wb").close()
     os.remove(path + ".partial")

@@ -638,7 +638,7 @@ def test_inspect_says_and_draws_what_is_in_a_store(sd, pairs, tmp_path, capsys, 
 def test_inspect_tries_its_pictures_path_before_the_computing(copy, monkeypatch):
     os.mkdir(f"{copy}.png")
     monkeypatch.setattr(models, "load", None)
-    with pytest.raises(SystemExit, match=rf"^cannot read or write: .*Is a directory: '{copy}.png'"):
+    with pytest.raises(SystemExit, match=f"^'{copy}.png' is a folder, but a picture is to be written there: move it"):
         build_pairs.main(["--inspect", str(copy)])
 
 

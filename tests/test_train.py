@@ -15,6 +15,7 @@ import launch
 import numpy as np
 import pytest
 import torch
+import tqdm
 from conftest import read_folder
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
@@ -807,7 +808,15 @@ def test_previews_show_the_reference_beside_the_student(rank, sd, pairs, tmp_pat
     assert any((a != b).any() for a, b in zip(pixels[3], pixels[0]))
 
 
-def test_a_run_says_what_a_small_store_costs_and_which_prompts_are_cut(sd, pairs, tmp_path, capsys):
+class EveryStep(tqdm.tqdm):
+    """A bar that shows every step, however short."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, mininterval=0, miniters=1, **more)
+
+
+def test_a_run_says_what_a_small_store_costs_and_which_prompts_are_cut(sd, pairs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "tqdm", EveryStep)
     shutil.copytree(pairs, tmp_path / "store")
     table, meta = tmp_path / "store" / "pairs.jsonl", tmp_path / "store" / "meta.json"
     table.write_text(table.read_text().replace("a red fox", "a red fox" + " very" * 20))

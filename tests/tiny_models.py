@@ -7,6 +7,7 @@ have the settings of the published models. SANA's pipeline asks for its size: he
 use_resolution_binning=False.
 """
 
+import inspect
 import string
 import sys
 
@@ -84,11 +85,13 @@ def sdxl(net=None, text=None, text_2=None):
 
 
 def sana(net=None):
-    # bytes, and one token for the space; the default instruction before the prompt is 1,058 tokens long
+    # bytes, one token for the space, and one for each line of the default instruction, which stands before each prompt
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *[f"<0x{i:02X}>" for i in range(256)], "▁"]
     tokenizer = transformers.GemmaTokenizer({token: i for i, token in enumerate(vocabulary)}, add_bos_token=True)
+    parameters = inspect.signature(diffusers.SanaPipeline.__call__).parameters
+    tokenizer.add_tokens([transformers.AddedToken(line) for line in parameters["complex_human_instruction"].default])
     text_encoder = transformers.Gemma2Model(transformers.Gemma2Config(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, initializer_range=0.2))
     transformer = diffusers.SanaTransformer2DModel(**net or dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
