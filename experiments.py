@@ -33,8 +33,8 @@ EXPERIMENTS = {
     ("sdxl",   "aesthetic", "diffusion-dpo"): dict(beta=5000,  lr=2.048e-5,  updates=2000, warmup=200),  # 2b [d]
     ("sana",   "alignment", "ddspo"):         dict(beta=2000,  lr=8.192e-5,  updates=500,  warmup=0),    # 1b [o]
     ("sd3",    "alignment", "ddspo"):         dict(beta=2000,  lr=8.192e-5,  updates=100,  warmup=0),    # [o]
-    ("shapes", "alignment", "ddspo"):         dict(beta=4000,  lr=1e-5,      updates=80,   warmup=0, batch_size=64),
-    ("shapes", "alignment", "diffusion-dpo"): dict(beta=4000,  lr=1e-5,      updates=80,   warmup=0, batch_size=64),
+    ("shapes", "alignment", "ddspo"):         dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
+    ("shapes", "alignment", "diffusion-dpo"): dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
 }  # the numbers after # are the paper's tables; the last two rows: shapes.py
 FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # where a model has no row, one of its family fits
 # Pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL in full and
@@ -186,10 +186,9 @@ def announce(args, model, store, update, floor, world):
     if too_long:
         print(f"note: the model reads {too_long} of {len(prompts)} prompts not to their end", file=sys.stderr)
     if pairs < args.batch_size:
-        small = EXPERIMENTS["shapes", "alignment", "ddspo"]
         print(f"note: {pairs} pairs are fewer than a batch: an update sees each {args.batch_size / pairs:.3g} times, "
-              "with another t and noise each time. For few pairs, those of shapes.py are a start (guess): --batch-size "
-              f"{small['batch_size']} --updates {small['updates']} --lr {small['lr']:g} --warmup 0", file=sys.stderr)
+              "with another t and noise each time. For few pairs, shapes.py's batch and updates and twice the paper's "
+              "rate are a start (guess): --batch-size 64 --updates 80 --lr 1e-05 --warmup 0", file=sys.stderr)
     if floor is not None:
         print(f"rounding in {args.precision} lowers each logit by about {floor:.2g}")
         if floor > 0.05:
