@@ -41,6 +41,7 @@ from pairs import PairStore, misfit
 WEIGHT_DECAY = 1e-2  # of AdamW (the authors' released scripts)
 MAX_GRAD_NORM = 1.0  # guess: the default of the diffusers examples
 FIRST_SCALE, GROW_AFTER = 2.0**5, 100  # guess: fp16's loss scale, and after how many good updates it is doubled
+TEXT_BATCH = 32  # guess: pairs whose prompts the text encoders read at once
 HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
 # ---- what update u sees: the run reads epoch after epoch, each a new order of all pairs
@@ -82,8 +83,20 @@ def micro_batch(store, model, args, some, device):
         tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
     if args.objective != "ddspo" or args.winner:
         return model.encode(c), None, *tensors
-    both = {name: x.chunk(2) for name, x in model.encode(c + c_minus).items()}  # in one pass, for a GPU waits for each
+    both = {name: x.chunk(2) for name, x in model.encode(c + c_minus).items()}
     return *({name: halves[i] for name, halves in both.items()} for i in range(2)), *tensors
+
+
+def micro_batches(store, model, args, mine, device):
+    """Yields the micro-batches of an update's slots. The text encoders read the prompts of several of them in one pass,
+    because a GPU waits for each pass."""
+    size = args.micro_batch
+    together = size * max(1, TEXT_BATCH // size)
+    for start in range(0, len(mine), together):
+        c, c_minus, *tensors = micro_batch(store, model, args, mine[start:start + together], device)
+        for k in range(0, len(tensors[0]), size):
+            encoded = [x and {name: rows[k:k + size] for name, rows in x.items()} for x in (c, c_minus)]
+            yield *encoded, *[x[k:k + size] for x in tensors]
 
 
 # ---- the step
@@ -237,10 +250,10 @@ def main(argv=None):
                 mine = batch[rank::world]
                 record = torch.zeros(args.batch_size, len(names), device=device)  # a row a pair
                 optimizer.zero_grad()
-                for k in range(0, len(mine), args.micro_batch):
+                parts = micro_batches(store, model, args, mine, device)
+                for k, part in zip(range(0, len(mine), args.micro_batch), parts):
                     if k < args.batch_size // world and any_process(signals):  # all processes have this micro-batch
                         stop(save, update)  # the weights are still those after the last update
-                    part = micro_batch(store, model, args, mine[k:k + args.micro_batch], device)
                     with precision(device, args.precision):
                         loss, info = step_loss(model, policies, *part, args.objective, args.beta, args.side)  # (B,)
                     scaler.scale(loss.sum() / share).backward()

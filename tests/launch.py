@@ -12,7 +12,7 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["build_pairs", "evaluate", "train", "tiny_models"])
+context.set_forkserver_preload(["build_pairs", "evaluate", "train", "toy2d"])
 
 
 def _main(program, argv, environment, said, prepare):

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import re
-import subprocess
+import runpy
 import sys
 import time
 
@@ -239,11 +239,14 @@ def test_random_weights_are_for_models_that_can_be_sampled():
         bench.main(["pairs", "--model", "sana", "--random-weights"])
 
 
-def test_the_command_runs_from_the_root_and_ends_with_a_status(tmp_path):
-    root = os.path.dirname(os.path.dirname(os.path.abspath(bench.__file__)))
-    run = subprocess.run([sys.executable, "tests/bench.py", "pairs", "--model", str(tmp_path)], cwd=root, text=True,
-                         capture_output=True, timeout=120)
-    assert run.returncode == 1 and run.stderr.startswith(f"{tmp_path} is no preset") and not run.stdout
+def test_the_command_runs_from_the_root_and_ends_with_a_status(tmp_path, monkeypatch):
+    tests = os.path.dirname(os.path.abspath(bench.__file__))
+    root = os.path.dirname(tests)
+    monkeypatch.setattr(sys, "path", [tests, *[path for path in sys.path if path not in (tests, root, "")]])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "pairs", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"^{tmp_path} "):
+        runpy.run_path(bench.__file__, run_name="__main__")
+    assert sys.path[0] == root
 
 
 def test_pairs_are_timed_on_random_weights_beside_the_peak(tiny, capsys, monkeypatch):

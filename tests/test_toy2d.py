@@ -16,6 +16,13 @@ import toy2d
 import toy2d_why
 
 
+@pytest.fixture(autouse=True)
+def forked(request, monkeypatch):
+    """Processes that need not import torch; only the test of those that are killed starts the program's own."""
+    if "killed" not in request.node.name:
+        monkeypatch.setattr(toy2d.multiprocessing, "get_context", lambda _: launch.context)
+
+
 def log_density(x_t, t, c, std, swap):
     """log p_t(x_t | c) of one point, from the definition of the mixture."""
     alpha, sigma, total = toy2d.ALPHA[t].double(), toy2d.SIGMA[t].double(), 0

@@ -325,6 +325,22 @@ def test_both_prompts_are_encoded_in_one_pass(family_folders, pairs):
             torch.testing.assert_close(ours, encode([row[key] for row in rows]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sana", "sd3"])
+def test_prompts_of_several_micro_batches_are_encoded_in_one_pass(family, family_folders, pairs, monkeypatch):
+    monkeypatch.setattr(train, "TEXT_BATCH", 5)
+    args = argparse.Namespace(seed=0, negatives="generated", objective="ddspo", winner=None, micro_batch=2)
+    store, model, passes = PairStore(pairs), models.load(family_folders[family]), []
+    mine, cpu, encode = [(0, k) for k in range(7)], torch.device("cpu"), model.encode
+    model.encode = lambda prompts: passes.append(len(prompts)) or encode(prompts)
+    found = list(train.micro_batches(store, model, args, mine, cpu))
+    assert passes == [8, 6] and [len(x_0_w) for _, _, x_0_w, *_ in found] == [2, 2, 2, 1]
+    for k, part in enumerate(found):
+        alone = train.micro_batch(store, model, args, mine[2 * k:2 * k + 2], cpu)
+        torch.testing.assert_close(part, alone, atol=1e-5, rtol=0)
+    args.objective = "diffusion-dpo"
+    assert all(c_minus is None for _, c_minus, *_ in train.micro_batches(store, model, args, mine, cpu))
+
+
 def test_the_scale_grows_again(sd, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "GROW_AFTER", 2)
     run(sd, pairs, tmp_path, "--updates", 4, "--precision", "fp16")
