@@ -11,8 +11,16 @@ import tiny_models
 import torch
 
 import build_pairs
+import plots
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def without_curves(request, monkeypatch):
+    """The picture of a run takes a second: only those tests draw it that have the mark `curves`."""
+    if not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr(plots, "draw_curves", lambda path: None)
 
 
 @pytest.fixture(scope="session")

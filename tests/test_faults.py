@@ -304,7 +304,6 @@ def test_a_full_disk_at_the_export_keeps_all_that_is_needed_for_it(sd, pairs, st
 def test_killed_at_every_single_file_operation_it_goes_on_to_the_same_result(sd, pairs, tmp_path, monkeypatch):
     model, out = models.load(sd), tmp_path / "run"
     monkeypatch.setattr(models, "load", lambda *_: copy.deepcopy(model))  # to save time
-    monkeypatch.setattr(train.plots, "draw_curves", lambda path: None)
     flags = ["--updates", "3", "--save-every", "1", "--lora-rank", "1"]
     expected = run(sd, pairs, tmp_path / "expected", *flags)
 

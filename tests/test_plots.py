@@ -10,6 +10,8 @@ from PIL import Image
 import plots
 from common import UserError
 
+pytestmark = pytest.mark.curves
+
 
 @pytest.fixture
 def figures(monkeypatch):

@@ -393,6 +393,7 @@ def test_the_two_objectives_differ(sd, pairs, straight, tmp_path):
     assert not same(run(sd, pairs, tmp_path, "--updates", 6, objective="diffusion-dpo"), straight[1], atol=1e-5)
 
 
+@pytest.mark.curves
 def test_a_finished_run_gives_the_same_result_and_picture_again(sd, pairs, straight, tmp_path):
     out = shutil.copytree(straight[0], tmp_path / "run")
     before = {name: content for name, content in read_folder(out).items()}
@@ -478,6 +479,7 @@ def test_a_log_that_is_damaged_or_gone_is_moved_aside_and_begun_anew(text, tmp_p
         assert (tmp_path / "log.jsonl.damaged").read_bytes() == before and "it is now" in capsys.readouterr().err
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("fault", ["no disk", "no log"])
 def test_a_picture_that_could_not_be_drawn_does_not_cost_the_result_and_is_drawn_by_the_next_call(fault, sd, pairs, straight, tmp_path, monkeypatch, capsys):
     def fail(*_):
@@ -887,6 +889,7 @@ def test_the_log_says_how_fast_how_large_and_how_exact(straight):
     assert all(1 < row["pairs_per_second"] < 10000 and 0.1 < row["memory_gb"] < 10 for row in rows[1:])
 
 
+@pytest.mark.curves
 def test_curves_show_the_numbers_of_the_log(straight, tmp_path, monkeypatch):
     assert (straight[0] / "curves.png").stat().st_size > 20_000
     shutil.copy(straight[0] / "log.jsonl", tmp_path)
