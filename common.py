@@ -228,15 +228,21 @@ def holding(folder):
         raise UserError(f"another process is writing into {folder}: wait until it ends, or stop it.") from None
 
 
-@contextlib.contextmanager
-def processes(folder, hours=24):
-    """(rank, number of processes, device) as torchrun gives them, or of one process. The first process alone holds
-    `folder`. A process may wait so many hours for another."""
+def place():
+    """(rank, number of processes, device) of this process as torchrun gives them, or of the only one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    return rank, world, device
+
+
+@contextlib.contextmanager
+def processes(folder, hours=24):
+    """What `place` gives, with the processes connected. The first process alone holds `folder`. A process may wait so
+    many hours for another."""
+    rank, world, device = place()
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=hours))

@@ -46,6 +46,7 @@ from common import (
     barrier,
     checksum,
     holding,
+    place,
     processes,
     program,
     same_settings,
@@ -223,10 +224,7 @@ def save_image(image, path):
 
 def score(args):
     """Judges all images of the runs; a missing image is an error. A process of several takes its share of judges."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
     jobs = [job for run in runs for job in find_jobs(run, args)][rank::world]
     with contextlib.ExitStack() as locks:
