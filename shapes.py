@@ -16,14 +16,13 @@ import functools
 import itertools
 import json
 import os
-import shutil
 import textwrap
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import build_pairs
@@ -47,6 +46,7 @@ from common import (
 from judges import shapes as world
 from judges.fid import frechet
 from judges.shared import interval
+from pairs import PairStore
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -56,13 +56,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 REFERENCE = models.PRESETS["shapes"]
 METHODS = {"D-DPO": ["--objective", "diffusion-dpo"], "DDSPO": [], "Rand-positive": ["--negatives", "rand-positive"],
            "Not-paired": ["--negatives", "not-paired"]}  # Tables 1a and 3b; the last two are DDSPO without made losers
-SETTINGS = {"D-DPO": (1000, 3e-5), "DDSPO": (1000, 3e-5), "Rand-positive": (1000, 3e-5), "Not-paired": (1000, 3e-5)}
-# ^ beta and lr: each method's best of GRID for the first two, DDSPO's for the others, which --grid has not tried yet
-GRID, GRID_SEED = dict(beta=(250, 1000, 4000, 16000), lr=(3e-6, 1e-5, 3e-5, 1e-4)), 100
+SETTINGS = {"D-DPO": (1000, 3e-5), "DDSPO": (1000, 3e-5)}  # beta and lr, the best of GRID; the others take DDSPO's
+GRID, GRID_SEED = dict(beta=(250, 1000, 4000), lr=(1e-5, 3e-5, 1e-4)), 100
 GUIDANCE = 3  # guess: the reference's practical one, for the pairs and for the scores
 CURVE = (1, 1.5, 2, 3, 4, 5, 7.5, 10)
-BEST_GUIDANCE = {"Reference": 5, "D-DPO": 5, "DDSPO": 4, "Rand-positive": 5, "Not-paired": 4}  # guesses, as SETTINGS
+BEST_GUIDANCE = {"Reference": 5, "D-DPO": 4, "DDSPO": 3}  # of CURVE, on GRID_SEED
 UPDATES_OF_TUNING, PROMPTS, QUICK_PAIRS, FULL_PAIRS, SEEDS = 80, 400, 128, 1024, (0, 1, 2)
+PAIRS = (16, 64, 256, FULL_PAIRS)  # are few enough?
 STEPS = 25  # of sampling
 
 
@@ -90,11 +90,12 @@ def make_pairs(home, rows, seed):
     return os.path.join(home, "pairs")
 
 
-def train_method(home, method, pairs, setting, seed):
+def train_method(home, method, pairs, seed, setting=None):
     """Tunes the reference and returns the folder of the result."""
+    beta, lr = setting or SETTINGS.get(method, SETTINGS["DDSPO"])
     out = os.path.join(home, method)
-    command(train, "--model", "shapes", "--pairs", pairs, "--out", out, *METHODS[method], "--beta", setting[0], "--lr",
-            setting[1], "--batch-size", 64, "--micro-batch", 64, "--warmup", 0, "--updates", UPDATES_OF_TUNING,
+    command(train, "--model", "shapes", "--pairs", pairs, "--out", out, *METHODS[method], "--beta", beta, "--lr", lr,
+            "--batch-size", 64, "--micro-batch", 64, "--warmup", 0, "--updates", UPDATES_OF_TUNING,
             "--save-every", UPDATES_OF_TUNING, "--seed", seed)
     return os.path.join(out, "pipeline")
 
@@ -136,34 +137,36 @@ def true_moments(seed):
     return moments(models.load("shapes"), np.stack(images))
 
 
-def experiment(home, seed, pairs, methods, guidances):
-    """One seed: {model: {guidance: scores}}."""
+def experiment(home, seed, pairs, methods, guidances, curve=()):
+    """One seed: {model: {guidance: scores}}; over the curve only the models that have a BEST_GUIDANCE."""
     store = make_pairs(home, perturbed(home, seed, pairs), seed)
-    folders = {"Reference": "shapes"} | {method: train_method(home, method, store, SETTINGS[method], seed)
-                                         for method in methods}
+    folders = {"Reference": "shapes"} | {method: train_method(home, method, store, seed) for method in methods}
     return {name: {g: score(os.path.join(home, f"{name}-guidance{g:g}.json"), folder, seed, g)
-                   for g in guidances} for name, folder in folders.items()}
+                   for g in sorted({*guidances, *(curve if name in BEST_GUIDANCE else ())})}
+            for name, folder in folders.items()}
 
 
 # ---- what the gain depends on: other pairs, for D-DPO and DDSPO
 
 
-def variants(home, seed):
-    """{name: the pair store}: fewer pairs, losers from other noise, c_minus that lost little or much."""
-    rows = perturbed(home, seed, FULL_PAIRS)
-    lost = np.argsort([kept_share(row) for row in rows], kind="stable")[::-1]  # those that lost least come first
-    third = len(rows) // 3
-    chosen = {f"{n} pairs": rows[:n] for n in (16, 64, 256, FULL_PAIRS)}
-    chosen |= {f"c_minus lost {which}": [rows[i] for i in lost[k * third:(k + 1) * third]]
-               for k, which in enumerate(("least", "more", "most"))}
+def variants(home, seed, whole):
+    """{name: the pair store}: fewer pairs of the store `whole`, losers from other noise, c_minus that lost little or
+    much."""
+    rows, other = PairStore(whole).rows, {}
     for share in (0.2, 0.55):
         folder = os.path.join(home, f"{share:.0%}")
-        chosen[f"{share:.0%} removed"] = perturbed(folder, seed, FULL_PAIRS // 4, "--low", share, "--high", share)
-    chosen["100% removed"] = [dict(row, c_minus="") for row in rows[:FULL_PAIRS // 4]]
-    stores = {name: make_pairs(os.path.join(home, name), part, seed) for name, part in chosen.items()}
-    for n in (16, 64, 256, FULL_PAIRS):
-        other = make_pairs(os.path.join(home, f"{n} pairs, other noise"), rows[:n], seed + 50)
-        stores[f"{n} pairs, losers of other noise"] = mix(stores[f"{n} pairs"], other)
+        other[f"{share:.0%} removed"] = perturbed(folder, seed, FULL_PAIRS // 4, "--low", share, "--high", share)
+    other["100% removed"] = [dict(c=row["c"], c_minus="", strategy=row["strategy"]) for row in rows[:FULL_PAIRS // 4]]
+    stores = {name: make_pairs(os.path.join(home, name), part, seed) for name, part in other.items()}
+    noise = make_pairs(os.path.join(home, "other noise"), read_lines(os.path.join(home, "..", "rows.jsonl")), seed + 50)
+    for n, (losers, source) in itertools.product(PAIRS, (("", whole), (", losers of other noise", noise))):
+        if n < FULL_PAIRS or losers:
+            name = f"{n} pairs{losers}"
+            stores[name] = select(whole, source, range(n), os.path.join(home, name, "pairs"))
+    lost = np.argsort([kept_share(row) for row in rows], kind="stable")[::-1]  # those that lost least come first
+    for which, chosen in zip(("least", "more", "most"), np.array_split(lost, 3)):
+        name = f"c_minus lost {which}"
+        stores[name] = select(whole, whole, chosen.tolist(), os.path.join(home, name, "pairs"))
     return stores
 
 
@@ -173,28 +176,28 @@ def kept_share(row):
     return len(c_minus) / len(c)
 
 
-def mix(winners, losers):
-    """A store with the winners of one store and the losers of another, of the same prompts; its folder."""
-    out = losers + "-mixed"
+def select(winners, losers, chosen, out):
+    """A store of the chosen pairs, the winners of one store beside the losers of another of the same prompts; its
+    folder."""
     if not os.path.exists(out):
-        shutil.copytree(losers, out + ".partial", dirs_exist_ok=True)
-        meta = read_json(os.path.join(losers, "meta.json"))
-        for number in range(len(meta["checksums"])):
-            name = f"shard-{number:05d}.safetensors"
-            latents = load_file(os.path.join(losers, name))
-            latents["x_0_w"] = load_file(os.path.join(winners, name))["x_0_w"]
-            save_file(latents, os.path.join(out + ".partial", name))
-            meta["checksums"][number] = checksum(os.path.join(out + ".partial", name))
-        write_file(os.path.join(out + ".partial", "meta.json"), json.dumps(meta))
+        os.makedirs(out + ".partial", exist_ok=True)
+        table, shard = (os.path.join(out + ".partial", name) for name in ("pairs.jsonl", "shard-00000.safetensors"))
+        losers = PairStore(losers)
+        x_0_w, x_0_l = [PairStore(winners)[i][1] for i in chosen], [losers[i][2] for i in chosen]
+        save_file(dict(x_0_w=torch.stack(x_0_w), x_0_l=torch.stack(x_0_l)), shard)
+        write_file(table, to_lines(dict(losers.rows[i], shard=0, row=k) for k, i in enumerate(chosen)))
+        write_file(os.path.join(out + ".partial", "meta.json"), json.dumps(
+            dict(losers.meta, pairs=len(chosen), shard_size=len(chosen), table=checksum(table),
+                 checksums=[checksum(shard)])))
         os.replace(out + ".partial", out)
     return out
 
 
-def compare_variants(home, seed):
-    """{variant: {model: {guidance: scores}}} of one seed."""
-    results = {}
-    for name, store in variants(home, seed).items():
-        folders = {method: train_method(os.path.join(home, name), method, store, SETTINGS[method], seed)
+def compare_variants(home, seed, whole):
+    """{variant: {model: {guidance: scores}}} of one seed; `whole` has those of all its pairs."""
+    results = {f"{FULL_PAIRS} pairs": whole}
+    for name, store in variants(home, seed, os.path.join(home, "..", "pairs")).items():
+        folders = {method: train_method(os.path.join(home, name), method, store, seed)
                    for method in ("D-DPO", "DDSPO")}
         results[name] = {method: {g: score(os.path.join(home, name, f"{method}-guidance{g:g}.json"), folder, seed, g)
                                   for g in (1, GUIDANCE)}
@@ -206,16 +209,17 @@ def compare_variants(home, seed):
 
 
 def grid(home):
-    """Every method with every setting of GRID on a seed of its own: prints the shares of prompts with everything right.
-    For each method's best setting, by the share at GUIDANCE in per cent and then by that at 1, it prints CURVE."""
+    """D-DPO and DDSPO with every setting of GRID on a seed of its own: prints the shares of prompts with everything
+    right. For each method's best setting, by the share at GUIDANCE in per cent and then by that at 1, it prints
+    CURVE."""
     def share(place, name, folder, g):
         return np.mean(score(os.path.join(place, f"{name}-guidance{g:g}.json"), folder, GRID_SEED, g)["correct"])
 
     store = make_pairs(home, perturbed(home, GRID_SEED, FULL_PAIRS), GRID_SEED)
     lines, best = [], {"Reference": ((), home, "shapes")}  # the two shares, and where the scores and the model are
-    for method, setting in itertools.product(METHODS, itertools.product(*GRID.values())):
+    for method, setting in itertools.product(SETTINGS, itertools.product(*GRID.values())):
         place = os.path.join(home, f"{setting[0]}-{setting[1]}")
-        folder = train_method(place, method, store, setting, GRID_SEED)
+        folder = train_method(place, method, store, GRID_SEED, setting)
         shares = [share(place, method, folder, g) for g in (1, GUIDANCE)]
         lines.append(f"| {method} | {setting[0]} | {setting[1]} | {shares[0]:.3f} | {shares[1]:.3f} |")
         best[method] = max(best.get(method, ((), "", "")), ((round(shares[1], 2), shares[0]), place, folder))
@@ -269,8 +273,7 @@ def table(runs, guidances):
 def table_at_best(runs):
     """Each model at its own best guidance, which was chosen on another seed, with paired differences."""
     lines = ["| at its best guidance | guidance | all right | less the reference | less D-DPO |", "| --- " * 5 + "|"]
-    for name in next(iter(runs.values())):
-        g = BEST_GUIDANCE[name]
+    for name, g in BEST_GUIDANCE.items():
         cells = ["" if name in ("Reference", other) else difference(runs, name, g, other, BEST_GUIDANCE[other])
                  for other in ("Reference", "D-DPO")]
         lines.append(f"| {name} | {g:g} | {with_interval(right(runs, name, g))} | " + " | ".join(cells) + " |")
@@ -302,7 +305,7 @@ def draw_images(folders, seed, path):
 def draw_front(runs, path):
     """Alignment against guidance, and against the Fréchet distance along it; means over the seeds."""
     figure, (left, middle) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for name in next(iter(runs.values())):
+    for name in BEST_GUIDANCE:
         shares = [np.mean(list(right(runs, name, g).values())) for g in CURVE]
         distances = [np.mean([results[name][g]["frechet"] for results in runs.values()]) for g in CURVE]
         left.plot(CURVE, shares, ".-", label=name)
@@ -318,14 +321,13 @@ def draw_front(runs, path):
 
 def draw_few_pairs(runs, path):
     """Alignment against the number of pairs; `runs` {seed: what compare_variants gives}."""
-    counts = (16, 64, 256, FULL_PAIRS)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, g in zip(axes, (1, GUIDANCE)):
         for (method, color), (losers, line) in itertools.product((("D-DPO", "C1"), ("DDSPO", "C2")),
                                                                  (("", "-"), (", losers of other noise", ":"))):
             shares = [np.mean([results[f"{n} pairs{losers}"][method][g]["correct"] for results in runs.values()])
-                      for n in counts]
-            axis.plot(counts, shares, line, marker=".", color=color, label=method + losers)
+                      for n in PAIRS]
+            axis.plot(PAIRS, shares, line, marker=".", color=color, label=method + losers)
         axis.set(xscale="log", xlabel="pairs", ylabel="prompts with everything right", title=f"guidance {g:g}")
     axes[0].legend(fontsize=8)
     plots.save_figure(figure, path)
@@ -364,14 +366,16 @@ def main(argv=None):
         if args.grid:
             return grid(home)
         seeds, pairs = (SEEDS, FULL_PAIRS) if args.full else (SEEDS[:1], QUICK_PAIRS)
-        methods, guidances = (list(METHODS), CURVE) if args.full else (["D-DPO", "DDSPO"], (1, GUIDANCE))
+        methods, guidances = ((METHODS, (1, GUIDANCE, BEST_GUIDANCE["Reference"])) if args.full else
+                              (SETTINGS, (1, GUIDANCE)))
         homes = {seed: os.path.join(home, f"seed-{seed}") for seed in seeds}
-        runs = {seed: experiment(homes[seed], seed, pairs, methods, guidances) for seed in seeds}
+        curve = CURVE if args.full else ()
+        runs = {seed: experiment(homes[seed], seed, pairs, methods, guidances, curve) for seed in seeds}
         text, name = table(runs, guidances), os.path.join("figures" if args.full else home, "shapes")
         folders = {"Reference": "shapes"} | {m: os.path.join(homes[seeds[0]], m, "pipeline") for m in methods}
         draw_images(folders, seeds[0], name + ".png")
         if args.full:
-            other = {seed: compare_variants(os.path.join(homes[seed], "variants"), seed) for seed in seeds}
+            other = {seed: compare_variants(os.path.join(homes[seed], "variants"), seed, runs[seed]) for seed in seeds}
             text += table_at_best(runs) + "\n" + table_of_variants(other)
             draw_front(runs, name + "-front.png")
             draw_few_pairs(other, name + "-pairs.png")

@@ -153,32 +153,34 @@ def test_a_folder_that_was_begun_with_another_reference_is_refused(small):
         shapes.main([])
 
 
-def test_pairs_with_losers_of_other_noise_have_the_winners_of_one_store_and_the_losers_of_another(small):
-    rows = shapes.perturbed("home", 0, 3)
-    a, b = shapes.make_pairs("a", rows, 0), shapes.make_pairs("b", rows, 1)
-    mixed = PairStore(shapes.mix(a, b))  # checks its checksums
-    for i, (row, x_0_w, x_0_l) in enumerate(mixed):
-        assert row["c"] == rows[i]["c"]
-        assert (x_0_w == PairStore(a)[i][1]).all() and not (x_0_w == PairStore(b)[i][1]).all()
-        assert (x_0_l == PairStore(b)[i][2]).all() and not (x_0_l == PairStore(a)[i][2]).all()
-        if i == 2:
-            break
-
-
 def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
-    monkeypatch.setattr(shapes, "make_pairs", lambda home, rows, seed: (rows, seed))
-    monkeypatch.setattr(shapes, "mix", lambda winners, losers: (winners, losers))
-    monkeypatch.setattr(shapes, "FULL_PAIRS", 300)
-    found = shapes.variants("home", 0)
-    assert [len(found[f"{n} pairs"][0]) for n in (16, 64, 256, 300)] == [16, 64, 256, 300]
-    (winners, _), (losers, _) = found["64 pairs, losers of other noise"]
-    assert winners == losers and found["64 pairs, losers of other noise"][0][1] != found["64 pairs, losers of other noise"][1][1]
-    least, more, most = ([shapes.kept_share(row) for row in found[f"c_minus lost {which}"][0]] for which in ("least", "more", "most"))
-    assert len(least) == len(more) == len(most) == 100 and min(least) >= max(more) >= min(more) >= max(most) and least[0] > most[0]
+    monkeypatch.setattr(shapes, "FULL_PAIRS", 32)
+    monkeypatch.setattr(shapes, "PAIRS", (4, 16, 32))
+    rows = shapes.perturbed("home", 0, 32)
+    whole = PairStore(shapes.make_pairs("home", rows, 0))
+    found = {name: PairStore(store) for name, store in shapes.variants("home/variants", 0, whole.folder).items()}
+    noise = PairStore("home/variants/other noise/pairs")
+    assert [row["c_minus"] for row in noise.rows] == [row["c_minus"] for row in whole.rows]
+    for n in (4, 16):
+        few, mixed = found[f"{n} pairs"], found[f"{n} pairs, losers of other noise"]
+        assert len(few) == len(mixed) == n
+        for i in range(n):
+            (row, x_0_w, x_0_l), (_, mixed_w, mixed_l) = few[i], mixed[i]  # their checksums are compared, too
+            assert (row["c"], row["c_minus"]) == (rows[i]["c"], rows[i]["c_minus"])
+            assert (x_0_w == whole[i][1]).all() and (x_0_l == whole[i][2]).all()
+            assert (mixed_w == whole[i][1]).all() and (mixed_l == noise[i][2]).all() and not (mixed_l == x_0_l).all()
+    assert len(found["32 pairs, losers of other noise"]) == 32
+    thirds = [found[f"c_minus lost {which}"] for which in ("least", "more", "most")]
+    least, more, most = ([shapes.kept_share(row) for row in third.rows] for third in thirds)
+    assert [len(least), len(more), len(most)] == [11, 11, 10] and least[0] > most[-1]
+    assert min(least) >= max(more) >= min(more) >= max(most)
+    row, x_0_w, x_0_l = thirds[0][0]
+    same = next(i for i in range(32) if whole.rows[i]["id"] == row["id"])
+    assert (x_0_w == whole[same][1]).all() and (x_0_l == whole[same][2]).all() and row["c"] == rows[same]["c"]
     for share, (low, high) in {"20%": (0.05, 0.35), "55%": (0.4, 0.7)}.items():
-        removed = [1 - len(row["c_minus"].split()) / len(row["c"].split()) for row in found[f"{share} removed"][0]]
-        assert low < np.mean(removed) < high
-    assert {row["c_minus"] for row in found["100% removed"][0]} == {""}
+        removed = [1 - len(row["c_minus"].split()) / len(row["c"].split()) for row in found[f"{share} removed"].rows]
+        assert len(removed) == 8 and low < np.mean(removed) < high
+    assert {row["c_minus"] for row in found["100% removed"].rows} == {""}
 
 
 def test_the_share_of_content_words_that_a_prompt_keeps():
