@@ -149,16 +149,17 @@ def experiment(home, seed, pairs, methods, guidances, curve=()):
 # ---- what the gain depends on: other pairs, for D-DPO and DDSPO
 
 
-def variants(home, seed, whole):
-    """{name: the pair store}: fewer pairs of the store `whole`, losers from other noise, c_minus that lost little or
-    much."""
-    rows, other = PairStore(whole).rows, {}
+def variants(home, seed):
+    """{name: the pair store}, from that of a seed's experiment: fewer pairs, losers from other noise, c_minus that lost
+    little or much."""
+    whole, rows = os.path.join(home, "pairs"), read_lines(os.path.join(home, "rows.jsonl"))
+    home, other = os.path.join(home, "variants"), {}
     for share in (0.2, 0.55):
         folder = os.path.join(home, f"{share:.0%}")
         other[f"{share:.0%} removed"] = perturbed(folder, seed, FULL_PAIRS // 4, "--low", share, "--high", share)
     other["100% removed"] = [dict(c=row["c"], c_minus="", strategy=row["strategy"]) for row in rows[:FULL_PAIRS // 4]]
     stores = {name: make_pairs(os.path.join(home, name), part, seed) for name, part in other.items()}
-    noise = make_pairs(os.path.join(home, "other noise"), read_lines(os.path.join(home, "..", "rows.jsonl")), seed + 50)
+    noise = make_pairs(os.path.join(home, "other noise"), rows, seed + 50)
     for n, (losers, source) in itertools.product(PAIRS, (("", whole), (", losers of other noise", noise))):
         if n < FULL_PAIRS or losers:
             name = f"{n} pairs{losers}"
@@ -196,10 +197,10 @@ def select(winners, losers, chosen, out):
 def compare_variants(home, seed, whole):
     """{variant: {model: {guidance: scores}}} of one seed; `whole` has those of all its pairs."""
     results = {f"{FULL_PAIRS} pairs": whole}
-    for name, store in variants(home, seed, os.path.join(home, "..", "pairs")).items():
-        folders = {method: train_method(os.path.join(home, name), method, store, seed)
-                   for method in ("D-DPO", "DDSPO")}
-        results[name] = {method: {g: score(os.path.join(home, name, f"{method}-guidance{g:g}.json"), folder, seed, g)
+    for name, store in variants(home, seed).items():
+        place = os.path.dirname(store)
+        folders = {method: train_method(place, method, store, seed) for method in SETTINGS}
+        results[name] = {method: {g: score(os.path.join(place, f"{method}-guidance{g:g}.json"), folder, seed, g)
                                   for g in (1, GUIDANCE)}
                          for method, folder in folders.items()}
     return results
@@ -375,7 +376,7 @@ def main(argv=None):
         folders = {"Reference": "shapes"} | {m: os.path.join(homes[seeds[0]], m, "pipeline") for m in methods}
         draw_images(folders, seeds[0], name + ".png")
         if args.full:
-            other = {seed: compare_variants(os.path.join(homes[seed], "variants"), seed, runs[seed]) for seed in seeds}
+            other = {seed: compare_variants(homes[seed], seed, runs[seed]) for seed in seeds}
             text += table_at_best(runs) + "\n" + table_of_variants(other)
             draw_front(runs, name + "-front.png")
             draw_few_pairs(other, name + "-pairs.png")

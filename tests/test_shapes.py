@@ -158,9 +158,10 @@ def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
     monkeypatch.setattr(shapes, "PAIRS", (4, 16, 32))
     rows = shapes.perturbed("home", 0, 32)
     whole = PairStore(shapes.make_pairs("home", rows, 0))
-    found = {name: PairStore(store) for name, store in shapes.variants("home/variants", 0, whole.folder).items()}
+    found = {name: PairStore(store) for name, store in shapes.variants("home", 0).items()}
     noise = PairStore("home/variants/other noise/pairs")
     assert [row["c_minus"] for row in noise.rows] == [row["c_minus"] for row in whole.rows]
+    assert not (noise[0][1] == whole[0][1]).all()
     for n in (4, 16):
         few, mixed = found[f"{n} pairs"], found[f"{n} pairs, losers of other noise"]
         assert len(few) == len(mixed) == n
