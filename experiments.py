@@ -1,5 +1,4 @@
-"""Sec. 4 of DDSPO (arXiv 2512.23426): the settings of the paper's experiments, which are the defaults of train.py's
-flags."""
+"""Sec. 4 of DDSPO (arXiv 2512.23426): the settings of the paper's experiments, the defaults of train.py's flags."""
 
 import argparse
 import math
@@ -41,14 +40,13 @@ FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # where a model 
 # SD3 do not fit there); and LoRA where the authors' scripts use it [o].
 MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 2, "sana-1.6b": 1, "shapes": 64}
 LORA_RANK = {"sana": 128, "sana-1.6b": 128, "sd3": 128}
-BOUNDS = {"beta": (1e-6, 1e6), "lr": (1e-12, 0.1)}  # guess: what is outside is a slip of the pen
 MEMORY = """GB on a GPU in fp16 or bf16, calculated and not measured (with --checkpointing in brackets):
 sd14, sd15, sd21  18, and 2.6 (0.4) for each pair of --micro-batch    with LoRA   3, and 2.6 (0.4)
 sdxl              53, and  18 (1.5)                                   with LoRA   9, and  18 (1.5)
 sana                                                                  with LoRA   8, and   6 (0.4)
 sana-1.6b                                                             with LoRA  10, and   9 (0.7)
 sd3                                                                   with LoRA  16, and  17 (1.1)
---fsdp divides most of it among the GPUs; each process then takes 8 bytes a weight of the host's memory at the start."""
+--fsdp divides most of it among the GPUs; each process then takes 4 bytes a weight of the host's memory at the start."""
 
 
 def find_row(args):
@@ -62,14 +60,13 @@ def find_row(args):
 
 
 def parse(argv):
-    """train.py's flags, those that are not given filled in from EXPERIMENTS. Raises UserError where flags do not go
-    together."""
+    """train.py's flags, with those that are not given filled in from EXPERIMENTS."""
     parser = argparse.ArgumentParser(prog="train.py", usage="train.py --model MODEL [flags]", allow_abbrev=False,
                                      description="Tunes a text-to-image model with DDSPO (Eq. 7 or 6) or a baseline.",
                                      epilog=MEMORY, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder")
-    parser.add_argument("--task", choices=["alignment", "aesthetic"], default="alignment", help="Table 1 or Table 2: "
-                        "which row of EXPERIMENTS gives the defaults, and which pairs")
+    parser.add_argument("--task", choices=["alignment", "aesthetic"], default="alignment",
+                        help="of Table 1 or of Table 2: chooses the defaults and the pairs")
     parser.add_argument("--pairs", help="the pair store (default: pairs/MODEL, for Table 2 pairs/MODEL-aesthetic)")
     parser.add_argument("--out", help="the run's folder (default: runs/ and model, task and method)")
     parser.add_argument("--objective", choices=["ddspo", "diffusion-dpo", "dspo", "sft"], default="ddspo",
@@ -98,7 +95,6 @@ def parse(argv):
     parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args(argv)
     args.model = args.model.rstrip("/")
-    check_objective(args)
 
     name = os.path.basename(os.path.abspath(args.model)) + ("-aesthetic" if args.task == "aesthetic" else "")
     method = args.objective if args.negatives == "generated" else args.negatives
@@ -108,51 +104,39 @@ def parse(argv):
     preset, row = models.preset_of(args.model), EXPERIMENTS.get(find_row(args), {})
     defaults = dict(batch_size=2048, updates=100, warmup=0, micro_batch=MICRO_BATCH.get(preset, 1),
                     lora_rank=LORA_RANK.get(preset, 0)) | row
-    missing = [f"--{key}" for key in ("beta", "lr") if getattr(args, key) is None and key not in defaults
-               and not (key == "beta" and args.objective == "sft")]
-    if missing:
-        raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}: give "
-                        f"{' and '.join(missing)}.")
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    check_numbers(args)
-    check_machine(args)
+    check(args)
     return args
 
 
-def check_objective(args):
-    """Raises UserError if the flags that choose the method do not go together."""
+def check(args):
+    """Raises UserError if flags do not go together, if a run would come to nothing, or if this machine cannot do it."""
     if os.path.exists(os.path.join(args.model, models.LORA)):
         raise UserError(f"--model {args.model} is an adapter: give a whole model to be tuned.")
     eq7 = args.objective == "ddspo" and not args.winner and not args.loser
     if args.negatives != "generated" and not eq7:
-        raise UserError(f"--negatives {args.negatives} is a variant of Eq. 7: it goes with --objective ddspo and "
-                        "without --winner and --loser.")
+        raise UserError(f"--negatives {args.negatives} is a variant of Eq. 7: take --objective ddspo and no --winner.")
     if (args.side is None) == (args.objective == "sft"):
         raise UserError("--side goes with --objective sft, and sft needs it.")
     if (args.winner is None) != (args.loser is None):
         raise UserError("--winner and --loser go together: Eq. 6 needs both.")
     if args.winner and args.objective not in ("ddspo", "dspo"):
-        raise UserError("--winner and --loser are policies for --objective ddspo or dspo: "
-                        f"{args.objective} has none.")
+        raise UserError(f"--winner and --loser go with --objective ddspo or dspo: {args.objective} has none.")
     if args.beta is not None and args.objective == "sft":
         raise UserError("--objective sft has no beta.")
-
-
-def check_numbers(args):
-    """Raises UserError for numbers with which a run would come to nothing."""
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(args, name)
+    missing = [f"--{key}" for key in ("beta", "lr")
+               if getattr(args, key) is None and (key, args.objective) != ("beta", "sft")]
+    if missing:
+        raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}: give "
+                        f"{' and '.join(missing)}.")
+    for name, value, low, high in (("beta", args.beta, 1e-6, 1e6), ("lr", args.lr, 1e-12, 0.1)):  # guess
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} {value:g} is absurd: it must be between {low:g} and {high:g}.")
     if args.warmup > args.updates:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates, which would end at "
                         f"{args.updates / args.warmup:.2g} of --lr: give --warmup too, at most --updates.")
-
-
-def check_machine(args):
-    """Raises UserError if --out is something else, or if this machine cannot do what is asked."""
     for mark in ("model_index.json", "meta.json"):
         if os.path.exists(os.path.join(args.out, mark)):
             raise UserError(f"--out {args.out} is a model or a pair store: give another folder.")
@@ -160,16 +144,13 @@ def check_machine(args):
     if args.precision == "tf32" and not gpu:
         raise UserError("--precision tf32 is for NVIDIA GPUs: on a CPU take fp32.")
     if args.compile and not gpu:
-        raise UserError("--compile is for GPUs: torch 2.13's compiler for CPUs loses the gradient of a U-Net's "
-                        "downsampling.")
+        raise UserError("--compile is for GPUs: on a CPU, torch 2.13 loses the gradient of a U-Net's downsampling.")
     if args.batch_size < world:
         raise UserError(f"--batch-size {args.batch_size} is too small for {world} processes: use fewer of them.")
-    if args.fsdp and (args.lora_rank or args.winner or args.preview or args.compile):
-        raise UserError("--fsdp is for all weights (--lora-rank 0), without --winner, --loser, --preview and "
-                        "--compile.")
-    if args.fsdp and (world < 2 or args.batch_size % world):
-        raise UserError("--fsdp divides the states among two or more processes (torchrun --nproc_per_node N), whose "
-                        "number must divide --batch-size.")
+    if args.fsdp and (args.lora_rank or args.winner or args.preview or args.compile or world < 2
+                      or args.batch_size % world):
+        raise UserError("--fsdp is for all weights (--lora-rank 0) on two or more processes (torchrun --nproc_per_node "
+                        "N), N a divisor of --batch-size, without --winner, --loser, --preview and --compile.")
 
 
 def announce(args, model, store, update, floor, world):
@@ -192,6 +173,5 @@ def announce(args, model, store, update, floor, world):
     if floor is not None:
         print(f"rounding in {args.precision} lowers each logit by about {floor:.2g}")
         if floor > 0.05:
-            better = "tf32 or fp32" if args.precision == "fp16" else "fp16 or tf32"
-            print(f"note: that is more than 0.05 and hides small preferences: take --precision {better}, or a smaller "
-                  "--beta", file=sys.stderr)
+            print("note: that is more than 0.05 and hides small preferences: take fp16 in place of bf16, or "
+                  "--precision fp32, or a smaller --beta", file=sys.stderr)

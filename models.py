@@ -12,7 +12,7 @@
 `sample` (x_T -> x_0 by the pipeline's own sampler) and `encode_images` (pixels -> x_0) are the same for all. The
 objective, the pairs and the training loop use these and know nothing else of a model. A model is named by a preset, a
 hub id or a local diffusers folder; its family is read from the folder's model_index.json. t counts from 0, where there
-is least noise. The end of the file is about policies that share one frozen network, by LoRA.
+is least noise.
 """
 
 import glob
@@ -211,8 +211,7 @@ def read_shift(pipe):
 
 
 def find(name):
-    """The folder of a preset, a hub id or a folder, and its model_index.json, a dict. Raises UserError if there is no
-    such model."""
+    """The folder of a model, named by a preset, a hub id or the folder, and its model_index.json, a dict."""
     path = PRESETS.get(name, name)
     try:
         folder = path if os.path.isdir(path) else download(path)
@@ -375,8 +374,8 @@ def add_lora(net, rank):
     projections = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     width = min(min(m.weight.shape) for name, m in net.named_modules() if name.endswith(tuple(projections)))
     if rank > width:
-        raise UserError(f"--lora-rank {rank} is above the width of this model's narrowest projection: take {width} or "
-                        "less.")
+        raise UserError(f"--lora-rank {rank} is above the width of this model's narrowest projection: take {width} "
+                        "or less.")
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections), "theta")
 
 
@@ -389,9 +388,7 @@ def with_adapter(net, *names):
             layer._active_adapter = names
 
     def forward(*args, **kwargs):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers.extend(() if layers else (m for m in net.modules() if isinstance(m, BaseTunerLayer)))
+        layers.extend(() if layers else (m for m in net.modules() if hasattr(m, "_active_adapter")))
         switch(list(names))
         try:
             return net(*args, **kwargs)
@@ -401,28 +398,26 @@ def with_adapter(net, *names):
 
 
 def load_policy(path, role, base, model):
-    """The winning or losing policy of Eq. 6 (`role` says which): an adapter, which goes into the frozen network `base`,
-    or the network of a whole model. Raises UserError if it does not fit the model."""
+    """The winner or loser of Eq. 6: an adapter, which goes into the frozen network `base`, or a model's network. Raises
+    UserError if it does not fit the model."""
     if not os.path.isfile(os.path.join(path, LORA)):
         other = load(path, text=False)
         kinds = [(type(m.pipe).__name__, m.latent_shape, latent_scale(m), m.prediction_type) for m in (other, model)]
         if kinds[0] != kinds[1]:
-            raise UserError(f"--{role} {path} is a model of another kind than the one to be tuned: {kinds[0]}, not "
-                            f"{kinds[1]}.")
+            raise UserError(f"--{role} {path} is a model of another kind: {kinds[0]}, not {kinds[1]}.")
         return other.net.to(model.device).requires_grad_(False)
     predicts = training_of(path, "prediction_type") or model.prediction_type  # other programs' adapters do not say
     if predicts != model.prediction_type:
         raise UserError(f"--{role} {path} is an adapter of a model that predicts {predicts}, not "
                         f"{model.prediction_type}.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns of several adapters, which we want
-        try:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # peft warns of several adapters, which we want
             base.load_lora_adapter(path, prefix=model.net_name, adapter_name=role, weight_name=LORA,
                                    use_safetensors=True)
-        except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
-            raise UserError(f"--{role} {path} is no adapter for this model: "
-                            f"{str(error).splitlines()[-1].strip()}") from None
-    if role not in getattr(base, "peft_config", {}):
-        raise UserError(f"--{role} {path} is no adapter for this model: it has nothing for its {model.net_name}.")
+        if role not in getattr(base, "peft_config", {}):
+            raise ValueError(f"it has nothing for its {model.net_name}.")
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        what = str(error).splitlines()[-1].strip()
+        raise UserError(f"--{role} {path} is no adapter for this model: {what}") from None
     base.set_adapter([name for name in base.peft_config if name == "theta"])
     return with_adapter(base, role)

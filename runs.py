@@ -16,7 +16,6 @@ import pickle
 import shutil
 import socket
 import sys
-import time
 import zipfile
 
 import numpy as np
@@ -25,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
-from tqdm import tqdm
 
 import models
 import plots
@@ -37,30 +35,29 @@ FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", 
 # ---- checkpoints
 
 
-def trained_state(net, optimizers=()):
-    """What is trained, and the optimizer's state, whole and on the CPU. With --fsdp all processes must call it."""
+def trained_state(args, rank, net, optimizer=()):
+    """What is trained, and the optimizer's state, whole and on the CPU, for the first process. All of them call it."""
+    if rank > 0 and not args.fsdp:
+        return None, None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state, optimizer_state = get_state_dict(net, optimizers, options=options)
+    state, optimizer_state = get_state_dict(net, optimizer, options=options)
     if hasattr(net, "peft_config"):  # LoRA
         state = {name: x for name, x in state.items() if ".theta." in name}
     return state, optimizer_state
 
 
-def save_checkpoint(folder, identity, net, optimizer, scaler, rank, fsdp, update):
-    """Writes checkpoint-UPDATE.pt and removes all but the newest two. With --fsdp all processes must call it."""
-    if rank > 0 and not fsdp:
-        return
-    state, optimizer_state = trained_state(net, optimizer)
+def save_checkpoint(args, identity, net, optimizer, scaler, rank, update):
+    """Writes checkpoint-UPDATE.pt and removes all but the newest two. All processes call it."""
+    state, optimizer_state = trained_state(args, rank, net, optimizer)
     if rank == 0:
-        path = os.path.join(folder, f"checkpoint-{update:06d}.pt")
+        path = os.path.join(args.out, f"checkpoint-{update:06d}.pt")
         try:
             torch.save(dict(identity=identity, update=update, net=state, optimizer=optimizer_state,
                             scaler=scaler.state_dict()), path + ".partial")
         except RuntimeError as error:  # this is how torch reports a full disk
-            raise OSError(f"{path} could not be written, perhaps because the disk is full "
-                          f"({str(error).splitlines()[0]})") from error
+            raise OSError(f"{path}: {error}") from error
         os.replace(path + ".partial", path)
-        for old in checkpoints(folder)[2:]:
+        for old in checkpoints(args.out)[2:]:
             os.remove(old)
 
 
@@ -71,8 +68,8 @@ def checkpoints(folder):
 
 
 def identity_of(args, store, model):
-    """What must be the same when a run is continued: some flags, and the checksums of its pairs and of the weights that
-    it starts from, under names that say what is wrong where they differ."""
+    """What must be the same when a run is continued: some flags, and checksums of its pairs and of the weights that it
+    starts from, under names that say what is wrong where they differ."""
     files = {"other pairs": [store.meta["table"], *store.meta["checksums"]]}
     for role, path in dict(winner=args.winner, loser=args.loser).items():
         if path:
@@ -86,34 +83,51 @@ def identity_of(args, store, model):
     return {name: getattr(args, name) for name in FLAGS} | sums
 
 
-def load_checkpoint(folder, identity, net, optimizer, scaler):
+def load_checkpoint(args, identity, net, optimizer, scaler):
     """Continues from the newest undamaged checkpoint, if there is one. Returns the number of updates done. Raises
-    UserError if the run in the folder is another one, if its identity, a dict, differs, or if the processes do not all
-    find the same."""
+    UserError if the run in --out is another one, or if the processes do not all find the same."""
     trained, state = {name: p for name, p in net.named_parameters() if p.requires_grad}, None
-    for path in checkpoints(folder):
-        state, damage = read_checkpoint(path, trained.keys())
-        if state:
+    for path in checkpoints(args.out):
+        try:
+            state = read_checkpoint(path, trained.keys())
             break
-        print(f"{path} is damaged ({damage}) and is passed over.", file=sys.stderr)
-    agree(dict(identity, out=f"{folder} after update {state['update'] if state else 0}"))
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
+            print(f"{path} is damaged ({str(error).splitlines()[0]}) and is passed over.", file=sys.stderr)
+    update = state["update"] if state else 0
+    agree(dict(identity, out=f"{args.out} after update {update}"))
     if not state:
-        for name in ("pipeline", "lora"):
-            if os.path.exists(os.path.join(folder, name)):
-                raise UserError(f"{os.path.join(folder, name)} is a result without a checkpoint, and would be "
-                                "replaced: give another --out.")
+        for result in (os.path.join(args.out, "pipeline"), os.path.join(args.out, "lora")):
+            if os.path.exists(result):
+                raise UserError(f"{result} is a result without a checkpoint, and would be replaced: give another "
+                                "--out.")
         return 0
-    for name, value in identity.items():
-        found = state["identity"].get(name)
-        if found != value:
-            raise UserError(f"the run in {folder} was begun with {differs(name, found, value)}: continue it with the "
-                            "same flags, models and pairs, or give another --out.")
+    if what := difference(state["identity"], identity):
+        raise UserError(f"the run in {args.out} was begun with {what}: continue it with the same flags, models and "
+                        "pairs, or give another --out.")
+    if update > args.updates:
+        raise UserError(f"the run in {args.out} has {update} updates, more than --updates {args.updates}: give more, "
+                        "or another --out.")
     for name, p in trained.items():  # one tensor after another, so that none is on the GPU twice
         p.data.copy_(shard_like(state["net"][name], p))
         optimizer.state[p] = {key: x.to(p.device, copy=True) if key == "step" else shard_like(x, p)
                               for key, x in state["optimizer"]["state"][name].items()}
     scaler.load_state_dict(state["scaler"])
-    return state["update"]
+    return update
+
+
+def read_checkpoint(path, trained):
+    """What is in a checkpoint with the `trained` weights. Raises BadZipFile, or what torch raises, if it is damaged."""
+    with zipfile.ZipFile(path) as file:  # a torch checkpoint is a zip file, with a checksum for each tensor
+        damage = file.testzip()
+    if damage:
+        raise zipfile.BadZipFile(damage)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict) or not {"identity", "update", "net", "optimizer", "scaler"} <= state.keys():
+        raise zipfile.BadZipFile("it is another torch file")
+    missing = sorted(trained - (state["net"].keys() & state["optimizer"]["state"].keys()))
+    if missing:
+        raise zipfile.BadZipFile(f"it lacks the weights {missing[:3]}")
+    return state
 
 
 def shard_like(x, p):
@@ -122,62 +136,46 @@ def shard_like(x, p):
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
 
 
-def differs(name, found, value):
-    """What differs, in words: the name of a flag with its two values, or of files, whose checksums say nothing."""
-    return name if name.startswith("other ") else f"{name} {found}, not {value}"
+def difference(found, wanted):
+    """The first difference between two identities, in words: a flag with its two values, or the name of files, whose
+    checksums say nothing. None if they are the same."""
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            return name if name.startswith("other ") else f"{name} {found.get(name)}, not {value}"
 
 
 def agree(mine):
-    """Raises UserError if another process has other values in its dict than the first: if the machines see other
-    files, they would add up gradients of different runs."""
+    """Raises UserError if another process has another identity than the first: machines that see other files would add
+    up gradients of different runs."""
     if not dist.is_initialized():
         return
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), mine))
-    (first_host, first), *_ = everyone
+    first_host, first = everyone[0]
     for rank, (host, its) in enumerate(everyone):
-        for name, value in its.items():
-            if value != first[name]:
-                raise UserError(f"process {rank} on {host} and process 0 on {first_host} do not see the same: "
-                                f"{differs(name, value, first[name])}. --out, --pairs and the models must be the same "
-                                "files for all.")
-
-
-def read_checkpoint(path, trained):
-    """(the state, "") of a checkpoint with the `trained` weights, or (None, what is wrong with it)."""
-    try:
-        with zipfile.ZipFile(path) as file:  # a torch checkpoint is a zip file, with a checksum for each tensor
-            damage = file.testzip()
-        state = None if damage else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
-        return None, str(error).splitlines()[0]
-    if damage:
-        return None, damage
-    if not isinstance(state, dict) or not {"identity", "update", "net", "optimizer", "scaler"} <= state.keys():
-        return None, "it is another torch file"
-    missing = sorted(trained - (state["net"].keys() & state["optimizer"]["state"].keys()))
-    return (None, f"it lacks the weights {missing[:3]}") if missing else (state, "")
+        if what := difference(its, first):
+            raise UserError(f"process {rank} on {host} and process 0 on {first_host} do not see the same: {what}. "
+                            "--out, --pairs and the models must be the same files for all.")
 
 
 # ---- the result
 
 
-def export(folder, flags, model, state):
-    """Writes the tuned pipeline as a diffusers folder in float32, or the adapter as the pipeline's load_lora_weights
-    reads it, with the run's flags in training.json. Returns the folder."""
+def export(args, model, state):
+    """Writes the tuned pipeline in float32, or the adapter, and the run's flags beside it. Returns the folder."""
     lora = hasattr(model.net, "peft_config")
-    folder = os.path.join(folder, "lora" if lora else "pipeline")
+    folder = os.path.join(args.out, "lora" if lora else "pipeline")
     shutil.rmtree(folder + ".partial", ignore_errors=True)
     if lora:
         weights = {name.replace(".theta.", "."): x.contiguous() for name, x in state.items()}
         type(model.pipe).save_lora_weights(folder + ".partial", **{model.net_name + "_lora_layers": weights})
     else:
-        tuned = models.load(flags["model"])
+        tuned = models.load(args.model)
         tuned.net.load_state_dict(state)
         tuned.pipe.save_pretrained(folder + ".partial")
     note = os.path.join(folder + ".partial", "training.json")
-    more = dict(preset=models.preset_of(flags["model"]), prediction_type=model.prediction_type)
-    write_file(note, json.dumps(flags | more, indent=1) + "\n")
+    more = dict(preset=models.preset_of(args.model), prediction_type=model.prediction_type)
+    write_file(note, json.dumps(vars(args) | more, indent=1) + "\n")
     for path in glob.glob(os.path.join(glob.escape(folder + ".partial"), "**", "*.safetensors"), recursive=True):
         shutil.copymode(note, path)  # safetensors makes files that only their writer may read
     shutil.rmtree(folder, ignore_errors=True)
@@ -186,8 +184,12 @@ def export(folder, flags, model, state):
     return folder
 
 
-def finish(args, result):
-    """Draws the log, which is worth less than the result, and says how to go on."""
+def finish(args, model, rank):
+    """Exports the result, draws the log, which is worth less, and says how to go on. All processes call it."""
+    state, _ = trained_state(args, rank, model.net)
+    if rank > 0:
+        return
+    result = export(args, model, state)
     try:
         plots.draw_curves(os.path.join(args.out, "log.jsonl"))
     except (OSError, UserError) as error:
@@ -217,10 +219,8 @@ def open_log(folder, update, first_row, tensorboard):
     write_file(path, "".join(lines if update > 0 and lines else [json.dumps(first_row) + "\n"]))
     board = contextlib.nullcontext()
     if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # here, since few need it
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter  # here, because few runs need it
+
         board = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=update + 1)
     return open(path, "a", encoding="utf-8"), board
 
@@ -250,14 +250,6 @@ def show(log, board, bar, row):
                 board.add_scalar(f"{name}/{i}" if isinstance(values, list) else name, value, row["update"])
     shown = {name: f"{row[name]:.3g}" for name in ("loss", "accuracy", "winner", "loser") if name in row}
     bar.set_postfix(dict(update=row["update"]) | shown)
-
-
-def say_cost(args, update, pairs, loss, began):
-    """Says, after the first micro-batch of so many pairs, what the run will cost."""
-    loss.sum().item()  # waits for the GPU
-    minutes = args.batch_size / pairs * (time.perf_counter() - began) / 60
-    tqdm.write(f"an update takes about {minutes:.2g} minutes, and the rest of the run "
-               f"{(args.updates - update) * minutes / 60:.2g} hours", file=sys.stderr)
 
 
 def oddities(columns, size):

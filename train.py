@@ -8,9 +8,7 @@
 The same command continues a stopped run exactly where its newest checkpoint is. --batch-size is the number of pairs per
 update and --lr the final learning rate, on any number of GPUs; --micro-batch, the pairs that a GPU holds at once,
 changes the speed only. What an update sees (pairs, t, noise) is a function of the seed and of the place in the run.
-
-In --out: log.jsonl (a line an update) and its picture curves.png, checkpoint-*.pt (the newest two), and the result:
-pipeline/, a diffusers folder, or lora/, for load_lora_weights.
+What a run keeps in --out: runs.py.
 """
 
 import contextlib
@@ -21,12 +19,13 @@ import os
 import signal
 import sys
 import time
+import types
 
 import numpy as np
 import torch
 import torch._functorch.config
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -47,20 +46,16 @@ HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
 # ---- what update u sees: the run reads epoch after epoch, each a new order of all pairs
 
 
-@functools.lru_cache(maxsize=2)
-def order(n, seed, epoch):
-    return np.random.default_rng([1, seed, epoch]).permutation(n)
-
-
 def slots(n, seed, update, batch_size):
     """The (epoch, pair) of each place in an update's batch."""
-    places = (divmod(p, n) for p in range(update * batch_size, (update + 1) * batch_size))
-    return [(epoch, int(order(n, seed, epoch)[place])) for epoch, place in places]
+    places = [divmod(p, n) for p in range(update * batch_size, (update + 1) * batch_size)]
+    first, last = places[0][0], places[-1][0]
+    orders = {epoch: np.random.default_rng([1, seed, epoch]).permutation(n) for epoch in range(first, last + 1)}
+    return [(epoch, int(orders[epoch][place])) for epoch, place in places]
 
 
 def example(store, model, seed, epoch, pair, negatives="generated"):
-    """What an update sees of a pair, (c, c_minus, x_0_w, x_0_l, t, eps), as a function of (seed, epoch, pair) alone.
-    The winner and the loser share t and eps."""
+    """What an update sees of a pair: (c, c_minus, x_0_w, x_0_l, t, eps), a function of (seed, epoch, pair) alone."""
     rng = np.random.default_rng([2, seed, epoch, pair])
     t, eps = model.sample_t(rng), torch.from_numpy(rng.standard_normal(model.latent_shape, dtype=np.float32))
     row, x_0_w, x_0_l = store[pair]
@@ -74,29 +69,25 @@ def example(store, model, seed, epoch, pair, negatives="generated"):
     return c, c_minus, x_0_w, x_0_l, t, eps
 
 
-def micro_batch(store, model, args, some, device):
-    """The examples of B slots on the device: c and c_minus encoded (c_minus only for Eq. 7, else None), then x_0_w,
-    x_0_l (B, channels, h, w), t (B,) and eps (B, channels, h, w)."""
-    c, c_minus, x_0_w, x_0_l, t, eps = zip(*[example(store, model, args.seed, *slot, args.negatives) for slot in some])
-    tensors = [torch.stack(x_0_w), torch.stack(x_0_l), torch.tensor(t), torch.stack(eps)]
-    if device.type == "cuda":  # so that the copies do not wait for the GPU's work
-        tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
-    if args.objective != "ddspo" or args.winner:
-        return model.encode(c), None, *tensors
-    both = {name: x.chunk(2) for name, x in model.encode(c + c_minus).items()}
-    return *({name: halves[i] for name, halves in both.items()} for i in range(2)), *tensors
-
-
-def micro_batches(store, model, args, mine, device):
-    """Yields the micro-batches of an update's slots. The text encoders read the prompts of several of them in one pass,
-    because a GPU waits for each pass."""
+def micro_batches(store, model, args, some, device):
+    """Yields the examples of some slots, --micro-batch at a time, on the device: c and c_minus encoded (c_minus for
+    Eq. 7 only, else None), then x_0_w, x_0_l (B, channels, h, w), t (B,) and eps (B, channels, h, w). The text encoders
+    read the prompts of several micro-batches in one pass, because a GPU waits for each pass."""
     size = args.micro_batch
     together = size * max(1, TEXT_BATCH // size)
-    for start in range(0, len(mine), together):
-        c, c_minus, *tensors = micro_batch(store, model, args, mine[start:start + together], device)
-        for k in range(0, len(tensors[0]), size):
-            encoded = [x and {name: rows[k:k + size] for name, rows in x.items()} for x in (c, c_minus)]
-            yield *encoded, *[x[k:k + size] for x in tensors]
+    for start in range(0, len(some), together):
+        examples = [example(store, model, args.seed, *slot, args.negatives) for slot in some[start:start + together]]
+        c, c_minus, x_0_w, x_0_l, t, eps = zip(*examples)
+        tensors = [torch.stack(x_0_w), torch.stack(x_0_l), torch.tensor(t), torch.stack(eps)]
+        if device.type == "cuda":  # so that the copies do not wait for the GPU's work
+            tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
+        eq7 = args.objective == "ddspo" and not args.winner
+        encoded = model.encode(c + c_minus if eq7 else c)  # {name: (2B or B, ...)}
+        for k in range(0, len(t), size):
+            rows = slice(k, min(k + size, len(t)))
+            minus_rows = slice(len(t) + rows.start, len(t) + rows.stop)
+            yield ({name: x[rows] for name, x in encoded.items()},
+                   {name: x[minus_rows] for name, x in encoded.items()} if eq7 else None, *[x[rows] for x in tensors])
 
 
 # ---- the step
@@ -138,15 +129,16 @@ def step_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, beta
 
 
 def make_policies(args, model):
-    """theta, ref and, for Eq. 6, winner and loser; and the different networks among them. With LoRA, one frozen network
-    serves them all."""
+    """theta, ref and, for Eq. 6, winner and loser; and the networks among them: with LoRA, one serves them all."""
     net = model.net
     if args.lora_rank:
         torch.manual_seed(args.seed)  # of the adapter's first weights
         models.add_lora(net, args.lora_rank)
         policies, base = dict(theta=net, ref=models.with_adapter(net)), net
     else:
-        base = copy.deepcopy(net).requires_grad_(False) if args.objective != "sft" else None
+        base = None
+        if args.objective != "sft":
+            base = (copy_shares if isinstance(net, FSDPModule) else copy.deepcopy)(net).requires_grad_(False)
         policies = dict(theta=net.requires_grad_(True), ref=base)
     for role, path in dict(winner=args.winner, loser=args.loser).items():
         if path:
@@ -186,120 +178,139 @@ def halve(net, dtype):
 
 
 def shard_weights(net):
-    """FSDP2: each process keeps its share of every block's weights, gradients and optimizer states."""
+    """FSDP2: each process keeps, on its device, its share of every block's weights, gradients and optimizer states."""
     for child in net.children():
         for block in child if isinstance(child, torch.nn.ModuleList) else []:
             fully_shard(block)
     fully_shard(net)
 
 
+@torch.no_grad()
+def copy_shares(net):
+    """A copy of a network whose weights are shared out. It is never whole in any memory."""
+    with torch.device("meta"):
+        other = type(net).from_config(net.config).eval()
+    other.set_attn_processor(net.attn_processors)  # SANA's are ours
+    shard_weights(other)
+    other.to_empty(device=next(net.parameters()).device)
+    for x, y in zip([*other.parameters(), *other.buffers()], [*net.parameters(), *net.buffers()], strict=True):
+        x.copy_(y)
+    return other
+
+
 # ---- the loop
+
+
+def set_up(args, device):
+    """The model, its policies, the networks among them, the optimizer of what is trained, and fp16's loss scaler."""
+    gpu = device.type == "cuda"
+    half = HALF.get(args.precision or "fp16", torch.float32) if gpu else torch.float32
+    model = models.load(args.model, device, half, torch.float32, "cpu" if args.fsdp else None)
+    args.precision = args.precision or ("fp32" if not gpu else "bf16" if model.stored == "BF16" else "fp16")
+    if args.fsdp:
+        shard_weights(model.net)
+    policies, networks = make_policies(args, model)
+    if args.checkpointing:
+        model.net.enable_gradient_checkpointing()
+    trained = [p for p in model.net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, growth_interval=GROW_AFTER,
+                                  enabled=args.precision == "fp16")
+    return model, policies, networks, optimizer, scaler
 
 
 @program
 def main(argv=None):
     args = parse(argv)
-    signals = []
-    with (handling(signals, at_once=True), processes(args.out, hours=0.5) as (rank, world, device),  # guess
-          contextlib.ExitStack() as stack):
-        store, gpu = open_store(args), device.type == "cuda"
-        half = HALF.get(args.precision or "fp16", torch.float32) if gpu else torch.float32
-        model = models.load(args.model, device, half, torch.float32, "cpu" if args.fsdp else None)
-        args.precision = args.precision or ("fp32" if not gpu else "bf16" if model.stored == "BF16" else "fp16")
+    with contextlib.ExitStack() as stack:
+        signals = handle_signals(stack)
+        rank, world, device = stack.enter_context(processes(args.out, hours=0.5))  # guess
+        if not os.path.exists(os.path.join(args.pairs, "meta.json")):
+            raise UserError(f"there is no pair store {args.pairs}: make it with\n    python perturb.py prompts.txt "
+                            f"perturbed.jsonl\n    torchrun build_pairs.py --model {args.model} --prompts "
+                            f"perturbed.jsonl --out {args.pairs}")
+        store = PairStore(args.pairs)
+        model, policies, networks, optimizer, scaler = set_up(args, device)
         check_pairs(args, store, model)
-        policies, networks = make_policies(args, model)
-        net, floor, size = model.net, None, None
-        if args.fsdp:  # moves each share to its device
-            for network in networks:
-                shard_weights(network)
-        if args.checkpointing:
-            net.enable_gradient_checkpointing()
-        parameters = [p for p in net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
-        scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, growth_interval=GROW_AFTER,
-                                      enabled=args.precision == "fp16")
+        parameters = optimizer.param_groups[0]["params"]
         identity = runs.identity_of(args, store, model)
-        start = update = runs.load_checkpoint(args.out, identity, net, optimizer, scaler)
-        if update > args.updates:
-            raise UserError(f"the run in {args.out} has {update} updates, more than --updates {args.updates}: give "
-                            "more, or another --out.")
+        update = runs.load_checkpoint(args, identity, model.net, optimizer, scaler)
+        save = functools.partial(runs.save_checkpoint, args, identity, model.net, optimizer, scaler, rank)
+        floor, size = None, None
         if args.objective != "sft":
-            first = micro_batch(store, model, args, slots(len(store), args.seed, 0, args.micro_batch), device)
-            floor, size = noise_floor(args, model, policies["ref"], first, device)
-            del first
+            some = slots(len(store), args.seed, 0, args.micro_batch)
+            floor, size = noise_floor(args, model, policies["ref"],
+                                      next(micro_batches(store, model, args, some, device)), device)
         prepare(args, networks)
-        save = functools.partial(runs.save_checkpoint, args.out, identity, net, optimizer, scaler, rank, args.fsdp)
         if rank == 0:
             announce(args, model, store, update, floor, world)
             first_row = dict(update=0, noise_floor=floor, precision=args.precision)
             log, board = map(stack.enter_context, runs.open_log(args.out, update, first_row, args.tensorboard))
-        names = ["t", "loss"]
-        if args.objective != "sft":
-            names += ["logit", "winner", "loser", "accuracy", "drift"]
         # fp16: the loss is the mean over a micro-batch, so that no overflow depends on how an update is divided. FSDP2
         # takes the mean over processes too. Each gradient is then multiplied to be the mean over the update.
         share = args.micro_batch if scaler.is_enabled() else 1
         pairs_in_grad = args.batch_size / share / (world if args.fsdp else 1)
         once = functools.cache(functools.partial(tqdm.write, file=sys.stderr))  # says each sentence once
+        bar = stack.enter_context(tqdm(desc="train", unit=" pairs", initial=update * args.batch_size,
+                                       total=args.updates * args.batch_size, disable=rank > 0))
 
-        with handling(signals, at_once=False), tqdm(
-                desc="train", unit=" pairs", initial=update * args.batch_size, total=args.updates * args.batch_size,
-                disable=rank > 0) as bar:
-            while update < args.updates:
-                began, batch = time.perf_counter(), slots(len(store), args.seed, update, args.batch_size)
-                mine = batch[rank::world]
-                record = torch.zeros(args.batch_size, len(names), device=device)  # a row a pair
-                optimizer.zero_grad()
-                parts = micro_batches(store, model, args, mine, device)
-                for k, part in zip(range(0, len(mine), args.micro_batch), parts):
-                    if k < args.batch_size // world and any_process(signals):  # all processes have this micro-batch
-                        stop(save, update)  # the weights are still those after the last update
-                    with precision(device, args.precision):
-                        loss, info = step_loss(model, policies, *part, args.objective, args.beta, args.side)  # (B,)
-                    scaler.scale(loss.sum() / share).backward()
-                    info = dict(info, t=part[4])
-                    record[rank::world][k:k + len(loss)] = torch.stack([info[name] for name in names], 1)
-                    bar.update(min(world * len(loss), (update + 1) * args.batch_size - bar.n))
-                    if k == 0 and update == start and rank == 0 and len(store) < args.batch_size:
-                        runs.say_cost(args, update, world * len(loss), loss, began)
-                    if k == 0 and update == 0 and scaler.is_enabled() and any_process(overflowed(parameters)):
-                        break  # and not after all the others
+        signals.at_once = False
+        while update < args.updates:
+            began, batch = time.perf_counter(), slots(len(store), args.seed, update, args.batch_size)
+            mine = batch[rank::world]
+            optimizer.zero_grad()
+            parts = micro_batches(store, model, args, mine, device)
+            for k, part in zip(range(0, len(mine), args.micro_batch), parts):
+                if k < args.batch_size // world and any_process(signals.came):  # all processes have this micro-batch
+                    if update > 0:
+                        save(update)  # the weights are still those after it
+                    raise UserError(f"stopped by a signal after update {update}: run the same command again to go on.")
+                with precision(device, args.precision):
+                    loss, info = step_loss(model, policies, *part, args.objective, args.beta, args.side)  # (B,)
+                scaler.scale(loss.sum() / share).backward()
+                info["t"] = part[4]
+                if k == 0:
+                    record = torch.zeros(args.batch_size, len(info), device=device)  # a row a pair
+                record[rank::world][k:k + len(loss)] = torch.stack([*info.values()], 1)
+                bar.update(min(world * len(loss), (update + 1) * args.batch_size - bar.n))
+                if k == 0 and update == 0 and scaler.is_enabled() and any_process(overflowed(parameters)):
+                    break  # and not after all the others
 
-                if world > 1:  # once an update, after the last micro-batch
-                    add_up([record] if args.fsdp else [record, *[p.grad for p in parameters]])
-                scaler.unscale_(optimizer)
-                for p in parameters:
-                    p.grad /= pairs_in_grad
-                norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-                norm = (norm.full_tensor() if args.fsdp else norm).item()  # waits for the GPU
-                columns = dict(zip(names, record.cpu().numpy().T))  # {name: (batch_size,)}
-                check_update(args, store, update, batch, columns, norm, floor, scaler)
-                if not math.isfinite(norm):  # fp16 overflowed: the same update is done again with half the loss scale
-                    scaler.update()
-                    if rank == 0:
-                        tqdm.write(f"update {update + 1} overflowed and is done again with loss scale "
-                                   f"{scaler.get_scale():g}", file=sys.stderr)
-                    continue
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * min(1, (update + 1) / max(args.warmup, 1))  # linear warm-up, then constant
-                scaler.step(optimizer)
+            if world > 1:  # once an update, after the last micro-batch
+                add_up([record] if args.fsdp else [record, *[p.grad for p in parameters]])
+            scaler.unscale_(optimizer)
+            for p in parameters:
+                p.grad /= pairs_in_grad
+            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            norm = (norm.full_tensor() if args.fsdp else norm).item()  # waits for the GPU
+            columns = dict(zip(info, record.cpu().numpy().T))  # {name: (batch_size,)}
+            check_update(args, store, update, batch, columns, norm, floor, scaler)
+            if not math.isfinite(norm):  # fp16 overflowed: the same update is done again with half the loss scale
                 scaler.update()
-                update += 1
-
                 if rank == 0:
-                    speed = args.batch_size / (time.perf_counter() - began)
-                    runs.show(log, board, bar, runs.log_row(
-                        update, columns, model.num_train_timesteps, lr=group["lr"], grad_norm=norm,
-                        loss_scale=scaler.get_scale(), pairs_per_second=speed))
-                    for oddity in runs.oddities(columns, size):
-                        once(oddity)
-                if rank == 0 and args.preview and update % args.preview == 0:
-                    preview(args, model, policies, store, update, device)
-                if update % args.save_every == 0 or update == args.updates:
-                    save(update)
-        state = runs.trained_state(net)[0] if rank == 0 or args.fsdp else None
-        if rank == 0:
-            runs.finish(args, runs.export(args.out, vars(args), model, state))
+                    tqdm.write(f"update {update + 1} overflowed and is done again with loss scale "
+                               f"{scaler.get_scale():g}", file=sys.stderr)
+                continue
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1, (update + 1) / max(args.warmup, 1))  # linear warm-up, then constant
+            scaler.step(optimizer)
+            scaler.update()
+            update += 1
+
+            if rank == 0:
+                speed = args.batch_size / (time.perf_counter() - began)
+                runs.show(log, board, bar, runs.log_row(
+                    update, columns, model.num_train_timesteps, lr=group["lr"], grad_norm=norm,
+                    loss_scale=scaler.get_scale(), pairs_per_second=speed))
+                for oddity in runs.oddities(columns, size):
+                    once(oddity)
+            if rank == 0 and args.preview and update % args.preview == 0:
+                preview(args, model, policies, store, update, device)
+            if update % args.save_every == 0 or update == args.updates:
+                save(update)
+        signals.at_once = True
+        bar.close()
+        runs.finish(args, model, rank)
 
 
 def prepare(args, networks):
@@ -339,42 +350,34 @@ def add_up(tensors):
                         "from the newest checkpoint with the same command.") from error
 
 
-@contextlib.contextmanager
-def handling(signals, at_once):
-    """Adds SIGTERM and SIGINT to a list when they come, in place of what they do otherwise, and ends the program at
-    once or leaves that to who reads the list. (A library that is being imported may swallow the end.)"""
-    def handle(number, _):
-        signals.append(number)
-        if at_once:
+def handle_signals(stack):
+    """An object whose `came` says whether SIGTERM or SIGINT did. They end the program, unless its `at_once` is False:
+    then that is left to who reads `came`. (A library that is being imported may swallow the end.)"""
+    signals = types.SimpleNamespace(came=False, at_once=True)
+
+    def handle(*_):
+        signals.came = True
+        if signals.at_once:
             raise KeyboardInterrupt
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def stop(save, update):
-    """Ends the run on a signal, with the last whole update saved."""
-    if update > 0:
-        save(update)
-    raise UserError(f"stopped by a signal after update {update}: run the same command again to go on.")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stack.callback(signal.signal, number, signal.signal(number, handle))  # at the end it is handled as before
+    return signals
 
 
 def check_update(args, store, update, batch, columns, norm, floor, scaler):
     """Raises UserError, before anything of an update is kept, if it is not sound: if a loss or the gradient is not
     finite, or if the run's first logits are not 0, as they are where the student is the reference."""
-    bad = [pair for (_, pair), ok in zip(batch, np.isfinite(columns["loss"])) if not ok]
+    bad = [pair for (_, pair), finite in zip(batch, np.isfinite(columns["loss"])) if not finite]
     if bad or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-        ids = [store.rows[pair]["id"] for pair in bad[:10]]
+        what = "the gradient is not finite, though each loss is"
         ways = ["lower --lr"] * (update > 0) + ["take --precision fp32"] * (args.precision in HALF)
+        if bad:
+            what = f"the loss of the pairs {[store.rows[pair]['id'] for pair in bad[:10]]} is not finite"
         if not all(x.isfinite().all() for pair in bad for x in store[pair][1:] if x is not None):
             ways = ["make these pairs again, for their latents are not finite either"]
-        raise UserError(f"update {update + 1}: " + (f"the loss of the pairs {ids} is not finite" if bad else
-                        "the gradient is not finite, though each loss is") + ". Nothing of this update is kept: "
-                        + (" or ".join(ways) or "the model or the pairs must be damaged") + ".")
+        cure = " or ".join(ways) or "the model or the pairs must be damaged"
+        raise UserError(f"update {update + 1}: {what}. Nothing of this update is kept: {cure}.")
     if update == 0 and "logit" in columns and not abs(columns["logit"].mean()) < 0.05 + 4 * floor:  # guess
         raise UserError("before the first update the student must be the reference and every logit 0, but their mean "
                         f"is {columns['logit'].mean():.3g}, where rounding explains {floor:.2g}: the two differ, in "
@@ -384,26 +387,17 @@ def check_update(args, store, update, batch, columns, norm, floor, scaler):
 # ---- the pairs and the pictures
 
 
-def open_store(args):
-    if not os.path.exists(os.path.join(args.pairs, "meta.json")):
-        raise UserError(f"there is no pair store {args.pairs}: make it with\n"
-                        "    python perturb.py prompts.txt perturbed.jsonl\n    torchrun build_pairs.py --model "
-                        f"{args.model} --prompts perturbed.jsonl --out {args.pairs}")
-    return PairStore(args.pairs)
-
-
 def check_pairs(args, store, model):
     """Raises UserError if the pairs do not go with the objective or with the model."""
     if args.negatives == "generated" and store.meta["negatives"] == "none":
         raise UserError(f"{args.pairs} holds winners only: take --negatives rand-positive or not-paired.")
     if args.negatives != "generated" and all(row["c"] == store.rows[0]["c"] for row in store.rows):
-        raise UserError(f"--negatives {args.negatives} takes x_0_l from another prompt, but {args.pairs} has only one "
-                        "prompt.")
+        raise UserError(f"--negatives {args.negatives} needs other prompts, but {args.pairs} has only one prompt.")
     if args.objective == "ddspo" and not args.winner and store.rows[0]["c_minus"] is None:
         raise UserError(f"{args.pairs} holds pairs of images without c_minus, which Eq. 7 needs: take --objective "
                         "diffusion-dpo or dspo, or --winner and --loser (Eq. 6).")
-    if misfit(store.meta, model):
-        raise UserError(f"--pairs {args.pairs}: {misfit(store.meta, model)}")
+    if problem := misfit(store.meta, model):
+        raise UserError(f"--pairs {args.pairs}: {problem}")
 
 
 def preview(args, model, policies, store, update, device):
