@@ -5,19 +5,11 @@
     python evaluate.py table eval/sd14
     python evaluate.py grid --models sd14 runs/sd14-ddspo/pipeline --prompts prompts.txt --out grid.png
 
-    benchmark   images                              judged by (judges/ says how, and what differs from the official way)
-    geneval     553 prompts, 4 each                 Mask2Former and CLIP L/14, GenEval's rules
-    compbench   6 categories of 300 prompts, 10     BLIP-VQA, CLIP B/32, UniDet or OWLv2
-    coco        30,000 captions, 1 each             FID and IS by BK-SDM's protocol
-    hps         4 styles of 800 prompts, 1          HPSv2, version 2.0
-    pick        1,632 PartiPrompts, 1               PickScore
-    shapes      400 prompts of shapes.py, 1         its rules
-
 `generate` writes a benchmark's images into the folders that its official scorer reads. Image i of a benchmark comes
 from the noise of seed + i, and batch k holds the same images on any number of GPUs. `score` judges each image and keeps
 what it found in scores/, a line an image (judges/table.py has the files); torchrun's processes share out the judges.
 `table` makes means, 95 % intervals and paired differences of that. The same command goes on where `generate` or `score`
-was stopped.
+was stopped. A file of judges/ says how each benchmark is judged, and what differs from the official way.
 """
 
 import argparse
@@ -44,17 +36,20 @@ from common import (
     UserError,
     at_least,
     barrier,
+    check_rows,
     checksum,
     holding,
+    json_lines,
     place,
     processes,
     program,
     same_settings,
+    text_lines,
     to_lines,
     write_file,
 )
 from judges import compbench, fid, geneval, preference, shapes
-from judges.table import FIXED, check_scores, make_table, read_coco, read_scores, read_settings, scored, summary
+from judges.table import FIXED, in_a_line, make_table, note_scores, read_coco, read_scores, read_settings
 from loading import load_part, naming
 
 BENCHMARKS = {  # (images, the list of them, {file in scores/: (the groups that it judges or None for all, its loader)})
@@ -79,15 +74,15 @@ THREADS = 8  # that write or read images (guess)
 def list_images(bench, data):
     """All images of a benchmark in the order of their seeds: a list of rows, see judges/shared.py."""
     count, items, _ = BENCHMARKS[bench]
-    advice = "delete that folder, so that they are fetched again."
     try:
         rows = items(data)
+        if len({row["path"] for row in rows}) != count:
+            raise ValueError(f"{len(rows)} images, not {count}")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read the lists of prompts in {data}/{bench} ({error}): {advice}") from None
-    if len({row["path"] for row in rows}) != count:
-        raise UserError(f"the lists of prompts in {data}/{bench} give {len(rows)} images, not {count}: {advice}")
+        raise UserError(f"cannot read the lists of prompts in {data}/{bench} ({error}): delete that folder, so that "
+                        "they are fetched again.") from None
     return rows
 
 
@@ -115,10 +110,10 @@ def digest(rows):
 
 
 def add_lists(path, lists):
-    """Notes in settings.json of which prompts these benchmarks' images are."""
+    """Notes in settings.json from which prompts the images of these benchmarks are made."""
     found = read_settings(path)
-    for bench in lists:
-        if found["lists"].setdefault(bench, lists[bench]) != lists[bench]:
+    for bench, prompts in lists.items():
+        if found["lists"].setdefault(bench, prompts) != prompts:
             raise UserError(f"{path} is of images from other prompts of {bench}: give another folder.")
     write_file(path, json.dumps(found, indent=1) + "\n")
 
@@ -132,7 +127,7 @@ def load_model(name, args, device, unet=None):
     if unet:
         replace_unet(model, unet)
     model.pipe.vae.enable_slicing()  # a decoder at 1024 pixels needs gigabytes an image
-    model.steps = model.steps if args.steps is None else args.steps
+    model.steps = args.steps or model.steps
     model.guidance = model.guidance if args.guidance is None else args.guidance
     return model
 
@@ -167,12 +162,10 @@ def sample_images(model, prompts, seeds, steps, guidance):
 def generate(args):
     """Writes all images of the benchmarks --bench that are not there yet."""
     with processes(args.out) as (rank, world, device):
-        path = os.path.join(args.out, "settings.json")
         rows = {bench: list_images(bench, args.data) for bench in args.bench}
         model = load_model(args.model, args, device, args.unet)
         if rank == 0:
-            if os.path.exists(path):
-                read_settings(path)
+            path = os.path.join(args.out, "settings.json")
             same_settings(path, *settings_of(model, args))
             add_lists(path, {bench: digest(rows[bench]) for bench in rows})
         barrier()  # no process writes an image before the first one has found that it belongs here
@@ -196,19 +189,19 @@ def write_images(bench, rows, model, args, rank, world):
         for start in tqdm(range(0, len(rows), args.batch_size)[rank::world], f"generate {bench}", disable=rank > 0):
             batch = rows[start:start + args.batch_size]
             paths = [os.path.join(args.out, row["path"]) for row in batch]
-            missing = [path for path in paths if not os.path.exists(path)]
-            if missing:
+            if not all(map(os.path.exists, paths)):
                 seeds = range(args.seed + start, args.seed + start + len(batch))
                 images = sample_images(model, [row["prompt"] for row in batch], seeds, model.steps, model.guidance)
-                images = dict(zip(paths, images))
                 list(writing)  # waits for the batch before, and raises its error
-                writing = pool.map(save_image, [images[path] for path in missing], missing)
+                writing = pool.map(save_image, images, paths)
         list(writing)
 
 
 def save_image(image, path):
-    """Writes a PNG or JPEG file (Pillow's quality 75) whole or not at all. BK-SDM's protocol: a COCO image is written
-    as JPEG into im512, read again, resized to 256 x 256 (bicubic) and written as JPEG into im256."""
+    """Writes a PNG or JPEG file (Pillow's quality 75), whole or not at all, if there is none. BK-SDM's protocol: a COCO
+    image is written as JPEG into im512, read again, resized to 256 x 256 (bicubic) and written as JPEG into im256."""
+    if os.path.exists(path):
+        return
     folder, name = os.path.split(path)
     if os.path.basename(folder) == "im256":
         large = os.path.join(os.path.dirname(folder), "im512", name)
@@ -235,8 +228,9 @@ def score(args):
         for load in list(loaders.values())[1:]:  # for nothing, but what a judge lacks is noticed now, not after hours
             load(torch.device("cpu"), args.data)
         for job in jobs:
-            (score_coco if job.name == "coco" else score_each)(job, device, args)
-            print(f"{job.run}: {summary(job.run, job.name)}")
+            if job.rows:
+                write_scores(job, device, args)
+            print(f"{job.run}: {in_a_line(job.run, job.name)}")
     if rank == 0:
         print(f"wrote {', '.join(os.path.join(run, 'scores') for run in runs)}. Next:\n"
               f"python evaluate.py table {' '.join(runs)}")
@@ -255,11 +249,10 @@ def find_jobs(run, args):
         add_lists(path, {bench: digest(list_images(bench, args.data)) for bench in asked})
     settings = read_settings(path)
     for bench in asked or settings["lists"]:
-        if bench not in settings["lists"]:
-            raise UserError(f"{run} holds no images of {bench}: make them by evaluate.py generate --bench {bench}.")
         rows = list_images(bench, args.data)
-        if settings["lists"][bench] != digest(rows):
-            raise UserError(f"the images of {bench} in {run} were not made from the prompts in {args.data}.")
+        if settings["lists"].get(bench) != digest(rows):
+            raise UserError(f"{run} holds no images of {bench} from the prompts in {args.data}: make them by "
+                            f"evaluate.py generate --bench {bench}.")
         missing = [row["path"] for row in rows if not os.path.exists(os.path.join(run, row["path"]))]
         if missing:
             raise UserError(f"{len(missing)} of {len(rows)} images of {bench} are missing in {run}, first "
@@ -267,86 +260,71 @@ def find_jobs(run, args):
         for name, (groups, load) in BENCHMARKS[bench][2].items():
             if not (name == "owl" and compbench.official_spatial(run)):
                 yield types.SimpleNamespace(
-                    run=run, name=name, load=load,
+                    run=run, bench=bench, name=name, load=load, settings=settings,
                     rows=[row for row in rows if groups is None or row["group"] in groups],
-                    folder=os.path.join(run, "scores", name), size=256 if bench == "coco" else settings["pixels"],
-                    settings=scored(settings, bench))
+                    folder=os.path.join(run, "scores", name))
 
 
 def begin(job):
     """Leaves in job.rows what is not judged yet, and puts the rest into job.done. An image that has changed since it
     was judged is judged again."""
-    versions = {}
-    for library in ["transformers", *LIBRARIES.get(job.name, [])]:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"{job.name} needs {library}: pip install -r requirements-eval.txt") from None
-    check_scores(job.folder, job.settings | dict(judge=WEIGHTS[job.name]) | versions)
+    libraries = ["transformers", *LIBRARIES.get(job.name, [])]
+    try:
+        versions = {library: importlib.metadata.version(library) for library in libraries}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"{job.name} needs {error.name}: pip install -r requirements-eval.txt") from None
+    note_scores(job.folder, job.settings, job.bench, dict(judge=WEIGHTS[job.name]) | versions)
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = pool.map(lambda row: checksum(os.path.join(job.run, row["path"]))[:16], job.rows)
+        job.sums = {row["path"]: image for row, image in zip(job.rows, sums)}
     if job.name == "coco":
-        job.path, sums = job.folder + ".json", checksums(job.run, [row["path"] for row in job.rows])
-        job.images = hashlib.sha256("".join(sums).encode()).hexdigest()
+        job.images = hashlib.sha256("".join(job.sums.values()).encode()).hexdigest()
         job.rows = [] if read_coco(job.run).get("images") == job.images else job.rows
     else:
-        job.path = job.folder + ".jsonl"
         found = read_scores(job.run, job.name)
-        job.done = {path: row for (path, row), image in zip(found.items(), checksums(job.run, found))
-                    if row.get("image") == image}
+        job.done = {path: row for path, row in found.items() if row.get("image") == job.sums.get(path, "")}
         job.rows = [row for row in job.rows if row["path"] not in job.done]
         if len(job.done) < len(found):
             print(f"images in {job.run} that have changed since {job.name} judged them, and are judged again: "
                   f"{len(found) - len(job.done)}")
 
 
-def checksums(run, paths):
-    """Of images in a run."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return [found[:16] for found in pool.map(checksum, [os.path.join(run, path) for path in paths])]
-
-
 def judged(job, device, args):
     """Yields (row, what the judge found) for each image. Threads open a batch while the one before it is judged."""
     def read(row):
-        path = os.path.join(job.run, row["path"])
-        return open_image(path, job.size), checksum(path)[:16]
+        return open_image(os.path.join(job.run, row["path"]), 256 if job.name == "coco" else job.settings["pixels"])
 
-    judge = job.load(device, args.data) if job.rows else None
+    judge = job.load(device, args.data)
     batches = [job.rows[i:i + args.batch_size] for i in range(0, len(job.rows), args.batch_size)]
     with ThreadPoolExecutor(THREADS) as pool:
-        coming = pool.map(read, batches[0] if batches else ())
-        bar = tqdm(batches, f"score {job.run}: {job.name}", disable=not batches)
-        for batch, following in zip(bar, [*batches[1:], ()]):
+        coming = pool.map(read, batches[0])
+        for batch, following in zip(tqdm(batches, f"score {job.run}: {job.name}"), [*batches[1:], ()]):
             images, coming = list(coming), pool.map(read, following)
-            for row, found, (_, image) in zip(batch, judge(batch, [image for image, _ in images]), images):
-                yield row, found | dict(image=image)
+            yield from zip(batch, judge(batch, images))
 
 
-def score_each(job, device, args):
-    """Writes scores/`name`.jsonl, a line an image; goes on after the last whole line that is there."""
-    write_file(job.path, to_lines(job.done.values()))  # without an unfinished line
-    with open(job.path, "a", encoding="utf-8") as file:
+def write_scores(job, device, args):
+    """Writes scores/`name`.jsonl, a line an image, and goes on after the last whole line that is there; or
+    scores/coco.json, once all images have been seen."""
+    if job.name == "coco":
+        found = fid.summary([found for _, found in judged(job, device, args)], args.data)
+        return write_file(job.folder + ".json", json.dumps(found | dict(images=job.images)) + "\n")
+    write_file(job.folder + ".jsonl", to_lines(job.done.values()))  # without an unfinished line
+    with open(job.folder + ".jsonl", "a", encoding="utf-8") as file:
         for row, found in judged(job, device, args):
             kept = {key: row[key] for key in ("path", "prompt", "group", "index", "kind") if key in row}
-            file.write(to_lines([kept | found]))
+            file.write(to_lines([kept | found | dict(image=job.sums[row["path"]])]))
             file.flush()
-
-
-def score_coco(job, device, args):
-    """Writes scores/coco.json, once all images have been seen."""
-    if job.rows:
-        found = fid.summary([found for _, found in judged(job, device, args)], args.data)
-        write_file(job.path, json.dumps(found | dict(images=job.images)) + "\n")
 
 
 def open_image(path, size="unknown"):
     """The image of a file, as RGB. Raises UserError if it is damaged, or not of size x size pixels."""
     try:
         image = Image.open(path).convert("RGB")
+        if size != "unknown" and image.size != (size, size):
+            raise OSError(f"it has {image.width} x {image.height} pixels, not {size} x {size}")
     except (OSError, SyntaxError) as error:  # Pillow's SyntaxError: a damaged PNG file
-        raise UserError(f"cannot read {path} ({error}): delete it and give the command of generate again.") from None
-    if size != "unknown" and image.size != (size, size):
-        raise UserError(f"{path} has {image.size[0]} x {image.size[1]} pixels, not {size} x {size}: delete it and give "
-                        "the command of generate again.")
+        raise UserError(f"cannot judge {path} ({error}): delete it and give the command of generate again.") from None
     return image
 
 
@@ -366,14 +344,11 @@ def read_prompts(path):
     """The prompts of a text file, one a line, or of a .jsonl file, whose rows have `prompt` or `c`."""
     if path.lower().endswith((".json", ".csv", ".tsv", ".parquet")):
         raise UserError(f"{path} is no text file with a prompt in each line, and no .jsonl file.")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file if line.strip()]
-        if path.endswith(".jsonl"):
-            return [row["prompt" if "prompt" in row else "c"] for row in map(json.loads, lines)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not UTF-8, or a row of it has no prompt ({error!r}).") from None
-    return lines
+    rows = ((number, dict(prompt=line)) for number, line in text_lines(path) if line)
+    if path.endswith(".jsonl"):
+        rows = ((number, dict(prompt=row.get("prompt", row.get("c"))) if isinstance(row, dict) else row)
+                for number, row in json_lines(path))
+    return [prompt for _, _, prompt in check_rows(path, rows, ["prompt"])]
 
 
 def grid(args):
@@ -410,8 +385,7 @@ def main(argv=None):
     judge = command(score, "judges the images")
     judge.add_argument("runs", nargs="+", help="folders that generate made")
     judge.add_argument("--batch-size", type=at_least(1), default=20, help="images judged at once (guess)")
-    judge.add_argument("--foreign", action="store_true", help="the folders hold images that were made elsewhere, under "
-                       "the names that generate gives")
+    judge.add_argument("--foreign", action="store_true", help="the images were made elsewhere, in generate's layout")
     all_but_shapes = [bench for bench in BENCHMARKS if bench != "shapes"]
     for sub, default, text in ((make, all_but_shapes, "all but shapes"), (judge, None, "all that have images")):
         sub.add_argument("--bench", nargs="+", choices=BENCHMARKS, default=default, help=f"(default: {text})")
@@ -429,8 +403,7 @@ def main(argv=None):
         sub.add_argument("--guidance", type=at_least(0, float, high=100),
                          help="guidance scale (default, from scripts: 7.5, SDXL and SD3 5.0, SANA 4.5; shapes 3)")
         sub.add_argument("--batch-size", type=at_least(1), default=batch_size, help="images sampled at once (guess)")
-        sub.add_argument("--seed", type=at_least(0), default=seed,
-                         help=f"image i's noise comes from seed + i (default {seed}; the authors' is 42)")
+        sub.add_argument("--seed", type=at_least(0), default=seed, help=f"of image 0 (default {seed}; authors' 42)")
     args = parser.parse_args(argv)
     suffix = {table: ".md", grid: ".png"}.get(args.run)
     if suffix and not args.out.lower().endswith(suffix):

@@ -6,12 +6,10 @@ T2I-CompBench (BLIP_vqa.py, 2D_spatial_eval.py, 3_in_1.py). The paper's CB is th
     non_spatial             CLIPScore (judges/preference.py)
     complex                 the mean of those three scores that apply to the prompt
 
-What differs from the official judges. BLIP-VQA: the noun phrases of spaCy 3.8, not 3.5; else the same, with BLIP's own
-weights at 480 pixels. Complex: as DDSPO's authors run it; T2I-CompBench's README gives UniDet and CLIPScore the flag
-`--complex True`, by which the first looks for other nouns and the second leaves out adjectives. Spatial: the official
-UniDet script (non-commercial) has no port. It runs on the folders that evaluate.py writes, and its results are read
-when they are there: then the scores are T2I-CompBench's. Until then OWLv2 finds the objects, and spatial~, complex~ and
-CB~ are on another scale.
+What differs from the official judges. BLIP-VQA: the noun phrases of spaCy 3.8, not 3.5. Complex: as DDSPO's authors run
+it; T2I-CompBench's README gives UniDet and CLIPScore the flag `--complex True`, by which the first looks for other
+nouns and the second leaves out adjectives. Spatial: the official UniDet script (non-commercial) has no port, so its
+results are read where it has run. Until then OWLv2 finds the objects: spatial~, complex~ and CB~, on another scale.
 """
 
 import itertools
@@ -34,18 +32,16 @@ BLIP_CONFIG = dict(vision_config=dict(image_size=480, layer_norm_eps=1e-6), text
 BERT, OWL = "bert-base-uncased", "google/owlv2-base-patch16-ensemble"
 
 
-def read_prompts(data, name):
-    url = LISTS.format(COMMITS.get(name, COMMIT), name)
-    return [line.strip() for line in fetch_lines(data, f"compbench/{name}.txt", url)]
-
-
 def items(data):
     """Ten images a prompt. `kind` says in which of CompBench's two lists a complex prompt is."""
-    plain = {kind: {plainly(prompt) for prompt in read_prompts(data, f"complex_val_{kind}")}
-             for kind in ("spatial", "action")}
+    def listed(name):
+        url = LISTS.format(COMMITS.get(name, COMMIT), name)
+        return [line.strip() for line in fetch_lines(data, f"compbench/{name}.txt", url)]
+
+    plain = {kind: list(map(plainly, listed(f"complex_val_{kind}"))) for kind in ("spatial", "action")}
     found = []
     for category in CATEGORIES:
-        for i, prompt in enumerate(read_prompts(data, f"{category}_val")):
+        for i, prompt in enumerate(listed(f"{category}_val")):
             kind = next((kind for kind in plain if plainly(prompt) in plain[kind]), "all")
             found += [dict(path=f"compbench/{category}/samples/{prompt}_{10 * i + k:06d}.png", prompt=prompt,
                            group=category, index=i, kind=kind) for k in range(10)]
@@ -131,14 +127,10 @@ def combine(blip, clipscore, spatial):
 
 
 def load_spacy():
-    """T2I-CompBench's parser."""
-    try:
-        import spacy  # here, because it and its model are in requirements-eval.txt only
+    """T2I-CompBench's parser. evaluate.py has looked whether it is installed."""
+    import spacy  # here, because it and its model are in requirements-eval.txt only
 
-        return spacy.load("en_core_web_sm")
-    except (ImportError, OSError) as error:
-        raise UserError(f"T2I-CompBench needs spaCy and its model ({error}): pip install -r requirements-eval.txt"
-                        ) from None
+    return spacy.load("en_core_web_sm")
 
 
 def blip_from_salesforce(state):
@@ -149,7 +141,7 @@ def blip_from_salesforce(state):
                ("visual_encoder.blocks", "vision_model.encoder.layers"),
                ("visual_encoder.norm", "vision_model.post_layernorm"), (".attn.proj", ".self_attn.projection"),
                (".attn.", ".self_attn."), (".norm1", ".layer_norm1"), (".norm2", ".layer_norm2")]
-    return {rename(name, renames): x for name, x in state.items() if not name.endswith(".position_ids")}
+    return rename({name: x for name, x in state.items() if not name.endswith(".position_ids")}, renames)
 
 
 @torch.no_grad()
@@ -229,8 +221,8 @@ def official_spatial(run):
         if not os.path.exists(path):
             return {}
         answers = {row["question_id"]: float(row["answer"]) for row in read_json(path)}
-        names = [name for name in os.listdir(os.path.join(folder, "samples")) if name.endswith(".png")]
-        names = {int(name[:-4].rsplit("_", 1)[1]): name for name in names}
+        files = os.listdir(os.path.join(folder, "samples"))
+        names = {int(name[-10:-4]): name for name in files if name.endswith(".png")}
         if answers.keys() != names.keys():
             raise UserError(f"{path} has {len(answers)} answers to {len(names)} images: run the official script again.")
         for k, value in answers.items():

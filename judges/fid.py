@@ -1,13 +1,11 @@
 """FID and IS (Table 1a) by BK-SDM's protocol: 30,000 captions of COCO, an image each, of 256 x 256 pixels.
 
 FID is mseitzer/pytorch-fid's and IS toshas/torch-fidelity's, with torch-fidelity's Inception: the official weights and
-arithmetic. evaluate.py writes each image as JPEG into im512 and, resized, into im256, as BK-SDM's scripts do. The real
-images are BK-SDM's statistics of 41,000 images.
+arithmetic. Of the 41,000 real images BK-SDM gives the statistics.
 """
 
 import csv
 import io
-import itertools
 import zipfile
 
 import numpy as np
@@ -23,7 +21,7 @@ NOTA = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/data
 def items(data):
     """An image a caption, in BK-SDM's order."""
     text = fetch_text(data, "coco/metadata.csv", f"{NOTA}/mscoco_val2014_30k/metadata.csv")
-    rows = itertools.islice(csv.reader(io.StringIO(text)), 1, None)  # without the head
+    rows = list(csv.reader(io.StringIO(text)))[1:]  # without the head
     return [dict(path=f"coco/im256/{name}", prompt=prompt, group="coco", index=i)
             for i, (name, prompt, *_) in enumerate(rows)]
 
@@ -61,9 +59,7 @@ def load_inception(device):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # imports torchvision
 
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"]).to(device).eval()
-    except ImportError as error:
-        raise UserError(f"FID and IS need torch-fidelity ({error}): pip install -r requirements-eval.txt") from None
-    except BROKEN as error:  # damaged weights, or a torchvision of another build
+    except BROKEN as error:
         raise UserError(f"cannot load torch-fidelity's Inception ({error}): delete weights-inception*.pth in "
                         f"{torch.hub.get_dir()}/checkpoints, and pip install -r requirements-eval.txt") from None
     return torch.nn.Sequential(*list(net.children())[:-1], torch.nn.Flatten()), net

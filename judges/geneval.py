@@ -5,8 +5,7 @@ for: so many objects of a class, of a colour, on the right side of others, and n
 
 The detector is GenEval's own, OpenMMLab's Mask2Former Swin-S, in transformers' class: mmdet's weights renamed, with
 mmdet's input of 800 pixels and its bilinear masks. GenEval's script names an older file; that it holds the same weights
-is known from the files' names only. The rules give the official answers. `lenient` in the scores is the position rule
-of DDSPO's authors, to which the paper's figures belong.
+is known from the files' names only. `lenient` in the scores is the verdict by the position rule of DDSPO's authors.
 """
 
 import itertools
@@ -164,40 +163,37 @@ def name_colors(net, tokenizer, crops, name):
 
 INSIDE = "model.transformer_module."
 FFN = [("ffn.layers.0.0", "fc1"), ("ffn.layers.1", "fc2")]
-MMDET = {  # a part of mmdet's network: where it is in transformers', and how its weights are renamed, in this order
-    "backbone.": ("model.pixel_level_module.encoder.", [
-        ("patch_embed.projection", "swin.embeddings.patch_embeddings.projection"), ("stages", "swin.encoder.layers"),
+MMDET = {  # a part of mmdet's network: how its weights are renamed to transformers', in this order
+    "backbone.": [
+        *[(f"backbone.norm{i}", f"backbone.hidden_states_norms.stage{i + 1}") for i in range(4)],
+        ("backbone.", "model.pixel_level_module.encoder."), ("stages", "swin.encoder.layers"),
+        ("patch_embed.projection", "swin.embeddings.patch_embeddings.projection"),
         ("patch_embed.norm", "swin.embeddings.norm"), (".norm1.", ".layernorm_before."), ("ffn", "mlp.ffn"), *FFN,
-        (".norm2.", ".layernorm_after."), *[(f"norm{i}", f"hidden_states_norms.stage{i + 1}") for i in range(4)],
-        ("attn.w_msa.qkv", "attention.{}_proj"), ("attn.w_msa.proj", "attention.o_proj"),
-        ("attn.w_msa.relative", "attention.relative_position_bias.relative")]),
-    "panoptic_head.pixel_decoder.": ("model.pixel_level_module.decoder.", [
-        ("input_convs", "input_projections"), ("lateral_convs.0", "adapter_1"), ("output_convs.0", "layer_1"),
-        (".conv.", ".0."), (".gn.", ".1."), ("mask_feature", "mask_projection"), *FFN,
-        ("level_encoding.weight", "level_embed"), ("norms.0", "self_attn_layer_norm"),
-        ("norms.1", "final_layer_norm")]),
-    "panoptic_head.transformer_decoder.": (INSIDE + "decoder.", [
-        ("self_attn.attn.in_proj_", "self_attn.{}_proj."), ("_attn.attn.", "_attn."), ("post_norm", "layernorm"), *FFN,
-        ("norms.0", "cross_attn_layer_norm"), ("norms.1", "self_attn_layer_norm"), ("norms.2", "final_layer_norm")]),
-    "": ("", [
+        (".norm2.", ".layernorm_after."), ("attn.w_msa.qkv", "attention.{}_proj"),
+        ("attn.w_msa.proj", "attention.o_proj"), ("attn.w_msa.relative", "attention.relative_position_bias.relative")],
+    "panoptic_head.pixel_decoder.": [
+        ("panoptic_head.pixel_decoder.", "model.pixel_level_module.decoder."), ("input_convs", "input_projections"),
+        ("lateral_convs.0", "adapter_1"), ("output_convs.0", "layer_1"), (".conv.", ".0."), (".gn.", ".1."),
+        ("mask_feature", "mask_projection"), *FFN, ("level_encoding.weight", "level_embed"),
+        ("norms.0", "self_attn_layer_norm"), ("norms.1", "final_layer_norm")],
+    "panoptic_head.transformer_decoder.": [
+        ("panoptic_head.transformer_decoder.", INSIDE + "decoder."), ("self_attn.attn.in_proj_", "self_attn.{}_proj."),
+        ("_attn.attn.", "_attn."), ("post_norm", "layernorm"), *FFN, ("norms.0", "cross_attn_layer_norm"),
+        ("norms.1", "self_attn_layer_norm"), ("norms.2", "final_layer_norm")],
+    "": [
         ("panoptic_head.", ""), ("query_embed", INSIDE + "queries_embedder"), ("cls_embed", "class_predictor"),
         ("query_feat", INSIDE + "queries_features"), ("level_embed", INSIDE + "level_embed"),
-        *[(f"mask_embed.{2 * i}", f"{INSIDE}decoder.mask_predictor.mask_embedder.{i}.0") for i in range(3)]])}
+        *[(f"mask_embed.{2 * i}", f"{INSIDE}decoder.mask_predictor.mask_embedder.{i}.0") for i in range(3)]]}
 
 
 def mask2former_from_mmdet(state):
     """The names of mmdet's checkpoint -> those of Mask2FormerForUniversalSegmentation."""
     found = {}
     for name, x in state.items():
-        part = next(part for part in MMDET if name.startswith(part))
-        place, renames = MMDET[part]
-        new = place + rename(name.removeprefix(part), renames)
         if ".downsample." in name:  # nn.Unfold's order of a patch's four neighbours -> Swin's own
             x = x.unflatten(-1, (-1, 4)).mT[..., [0, 2, 1, 3], :].flatten(-2)
-        if "{}" in new:
-            found |= {new.format(letter): third for letter, third in zip("qkv", x.chunk(3))}
-        elif not name.endswith("relative_position_index"):  # a buffer that transformers computes
-            found[new] = x
+        if not name.endswith("relative_position_index"):  # a buffer that transformers computes
+            found |= rename({name: x}, next(MMDET[part] for part in MMDET if name.startswith(part)))
     return found
 
 

@@ -5,8 +5,7 @@
     CLIPScore   non_spatial and complex of CompBench        cos, CLIP B/32
 
 All are cosines of image and prompt by a CLIPModel, whose pixels are torchvision's. PickScore and CLIPScore are the
-official ones. HPSv2 differs in precision, float32 for float16; its pixels are resized without antialias, as torchvision
-did before 0.17 and so for the published tables.
+official ones; HPSv2 differs in precision, float32 for float16.
 """
 
 import html
@@ -48,7 +47,7 @@ def load_pick(device, data):
 
 
 def hps_pixels(image, size=224):
-    """HPSv2 resizes the longest side of a tensor, as torchvision before 0.17 did: without antialias; then it pads."""
+    """HPSv2 resizes the longest side of a tensor without antialias, as torchvision did before 0.17; then it pads."""
     x = unit(image)[None]
     h, w = (round(side * size / max(image.size)) for side in x.shape[2:])
     x = F.interpolate(x, (h, w), mode="bicubic", align_corners=False, antialias=False)
@@ -67,27 +66,18 @@ def clip_from_open_clip(state):
     renames = [("token_embedding", "embeddings.token_embedding"), ("class_embedding", "embeddings.class_embedding"),
                ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_pre", "pre_layrnorm"),
                ("conv1", "embeddings.patch_embedding"), ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"),
-               ("transformer.resblocks", "encoder.layers"), ("attn.out_proj", "self_attn.out_proj"),
-               ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("c_fc", "fc1"), ("c_proj", "fc2")]
-    whole = dict(logit_scale=state["logit_scale"])
-    for name, x in state.items():
-        new = ("vision_model." if name.startswith("visual.") else "text_model.") + rename(
-            name.removeprefix("visual."), renames)
-        if name in ("text_projection", "visual.proj"):
-            whole[("visual" if name == "visual.proj" else "text") + "_projection.weight"] = x.T
-        elif ".in_proj_" in name:
-            for part, third in zip("qkv", x.chunk(3)):
-                whole[new.replace("attn.in_proj_", f"self_attn.{part}_proj.")] = third
-        elif name != "logit_scale":
-            whole[new] = x
-    return whole
+               ("transformer.resblocks", "encoder.layers"), ("attn.in_proj_", "self_attn.{}_proj."),
+               ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
+               ("c_fc", "fc1"), ("c_proj", "fc2")]
+    sides = {("vision_model." if name.startswith("visual.") else "text_model.") + name.removeprefix("visual."): x
+             for name, x in state.items()}
+    shared = {"logit_scale": sides.pop("text_model.logit_scale"),
+              "text_projection.weight": sides.pop("text_model.text_projection").T,
+              "visual_projection.weight": sides.pop("vision_model.proj").T}
+    return shared | rename(sides, renames)
 
 
 def load_hps(device, data):
     net = from_url(transformers.CLIPModel, from_hub("CLIPConfig", CLIP_H), HPS,
                    lambda checkpoint: clip_from_open_clip(checkpoint["state_dict"]), device)
-    by_cosine = cosine(net, from_hub("AutoTokenizer", CLIP_H), 100, hps_pixels)
-
-    def judge(rows, images):
-        return by_cosine([row | dict(prompt=open_clip_text(row["prompt"])) for row in rows], images)
-    return judge
+    return cosine(net, from_hub("AutoTokenizer", CLIP_H), 100, hps_pixels, open_clip_text)

@@ -28,10 +28,9 @@ HELD_OUT = {("circle", "yellow"), ("square", "purple"), ("triangle", "blue")}  #
 
 def mask(shape, u, v):
     """Where a shape is. u and v are coordinates in its bounding box [-1, 1]^2, v points down."""
-    inside = (abs(u) <= 1) & (abs(v) <= 1)
     if shape == "circle":
         return u**2 + v**2 <= 1
-    return inside if shape == "square" else inside & (abs(u) <= (v + 1) / 2)
+    return (abs(v) <= 1) & (abs(u) <= (1 if shape == "square" else (v + 1) / 2))
 
 
 def render(scene):
@@ -138,7 +137,7 @@ def make_prompts(seed, count, held_out_share=0.0):
 def corrupt(rng, prompt):
     """The prompt with one thing wrong: a shape, a colour, a size or the place. It brings in no held-out combination."""
     said = [word for o in prompt["objects"] for word in o] + [prompt["where"]]
-    kinds = [(SHAPES, COLORS, ("small", "large"))[i % 3] for i in range(len(said) - 1)] + [DIRECTIONS]
+    kinds = [SHAPES, COLORS, ("small", "large")] * len(prompt["objects"]) + [DIRECTIONS]
     while True:
         i = rng.choice([i for i, word in enumerate(said) if word])
         others = [word for word in kinds[i] if word != said[i]]
@@ -187,9 +186,8 @@ def verdict(found, prompt):
                       all(m[1] == color for m, (_, color, _) in pairs),
                       all(size in (None, "large" if m[4] >= LARGE else "small") for m, (_, _, size) in pairs),
                       prompt["where"] is None or lies(*offset(match), prompt["where"])))
-    best = max(right)
-    reasons = [reason for reason, fine in zip(("shapes", "colors", "sizes", "place"), best) if not fine]
-    return dict(correct=all(best), reason=reasons[0] if reasons else "")
+    reason = next((what for what, fine in zip(("shapes", "colors", "sizes", "place"), max(right)) if not fine), "")
+    return dict(correct=not reason, reason=reason)
 
 
 # ---- what evaluate.py asks of a benchmark

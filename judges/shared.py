@@ -22,7 +22,8 @@ from common import UserError
 
 # ---- lists and networks
 
-BROKEN = (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError)  # weights
+# what is raised by damaged weights, and by a torchvision of another build
+BROKEN = (OSError, RuntimeError, EOFError, KeyError, TypeError, ImportError, pickle.UnpicklingError, SafetensorError)
 
 
 def fetch(data, name, url):
@@ -52,28 +53,33 @@ def from_hub(kind, name, device=None):
     """A pretrained model of transformers, in float32 on `device`; without a device, a tokenizer or a configuration."""
     try:
         found = getattr(transformers, kind).from_pretrained(name, **dict(dtype=torch.float32) if device else {})
-    except (*BROKEN, ImportError, ValueError) as error:  # a torchvision of another build gives a RuntimeError
+    except (*BROKEN, ValueError) as error:
         raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from None
     return found.to(device).eval().requires_grad_(False) if device else found
 
 
 def from_url(build, config, url, convert, device):
     """The model build(config) of transformers with the weights convert(checkpoint) of its authors' own checkpoint."""
-    net, place = build(config), os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    net, path = build(config), os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:  # check_hash: where the file's name ends in the first digits of its sha256, they must be right
         checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
         net.load_state_dict(convert(checkpoint))
     except BROKEN as error:
-        raise UserError(f"cannot fetch or read {url} ({error}): delete {place} if it is there, or fetch the file on "
+        raise UserError(f"cannot fetch or read {url} ({error}): delete {path} if it is there, or fetch the file on "
                         "another machine and put it there.") from None
     return net.to(device).eval().requires_grad_(False)
 
 
-def rename(name, renames):
-    """A weight's name after all replacements (old, new) in their order."""
-    for old, new in renames:
-        name = name.replace(old, new)
-    return name
+def rename(state, renames):
+    """A state dict with all replacements (old, new) made in its names, in their order. "{}" in a new name stands for q,
+    k and v, which are the thirds of the weight."""
+    found = {}
+    for name, x in state.items():
+        for old, new in renames:
+            name = name.replace(old, new)
+        parts = zip("qkv", x.chunk(3)) if "{}" in name else [("", x)]
+        found |= {name.format(letter): part for letter, part in parts}
+    return found
 
 
 # ---- pixels and CLIP
@@ -114,10 +120,10 @@ def clip_embed(net, tokenizer, images, texts, pixels=clip_pixels):
     return out.image_embeds, out.text_embeds  # get_image_features gives another type since transformers 5
 
 
-def cosine(net, tokenizer, scale, pixels=clip_pixels):
-    """A judge by a CLIPModel: `scale` times the cosine of image and prompt."""
+def cosine(net, tokenizer, scale, pixels=clip_pixels, clean=str):
+    """A judge by a CLIPModel: `scale` times the cosine of image and prompt, which goes through `clean` first."""
     def judge(rows, images):
-        seen, said = clip_embed(net, tokenizer, images, [row["prompt"] for row in rows], pixels)
+        seen, said = clip_embed(net, tokenizer, images, [clean(row["prompt"]) for row in rows], pixels)
         return [dict(value=value) for value in (scale * (seen * said).sum(1)).tolist()]
     return judge
 
@@ -130,23 +136,26 @@ def overlap(a, b, pixel=0):
     def area(x0, y0, x1, y1):
         return max(x1 - x0 + pixel, 0) * max(y1 - y0 + pixel, 0)
 
-    common = area(*np.maximum(a[:2], b[:2]), *np.minimum(a[2:4], b[2:4]))
-    union = area(*a[:4]) + area(*b[:4]) - common
-    return common / union if union else 0.0
+    both = area(*np.maximum(a[:2], b[:2]), *np.minimum(a[2:4], b[2:4]))
+    union = area(*a[:4]) + area(*b[:4]) - both
+    return both / union if union else 0.0
 
 
-def per_prompt(rows, value):
-    """{group: (prompts,) means of value(row) over a prompt's images}."""
+def per_prompt(rows, key="value"):
+    """{group: (prompts,) means of row[key] over a prompt's images}."""
     groups = {}
     for row in rows:
-        groups.setdefault(row["group"], {}).setdefault(row["index"], []).append(float(value(row)))
+        groups.setdefault(row["group"], {}).setdefault(row["index"], []).append(float(row[key]))
     return {group: np.array([np.mean(values[k]) for k in sorted(values)]) for group, values in groups.items()}
 
 
 def interval(groups):
     """The mean over groups of their means, with its 95 % interval from resampling each group's prompts.
 
-    `groups` {group: (prompts,)}. Seeds are groups too. For a paired difference give the differences of prompts."""
+    `groups` {group: (prompts,)}. Seeds are groups too. For a paired difference give the differences of prompts. FID and
+    IS are numbers, which have no interval."""
+    if not isinstance(groups, dict):
+        return dict(mean=groups)
     rng = np.random.default_rng(0)
     means = [values[rng.integers(len(values), size=(1000, len(values)))].mean(1) for values in groups.values()]
     low, high = np.percentile(np.mean(means, 0), [2.5, 97.5])

@@ -6,7 +6,6 @@
 """
 
 import json
-import operator
 import os
 
 from common import UserError, read_json, same_settings
@@ -20,26 +19,23 @@ KEYS = dict(geneval=["correct", "lenient", "details"], shapes=["correct"], blip=
 
 
 def read_settings(path):
-    if not os.path.isfile(path):
-        raise UserError(f"cannot read {path}, which does not exist: give a folder that evaluate.py generate made, or "
-                        "--foreign to score images that were made elsewhere.")
-    found = read_json(path)
+    found = read_json(path) if os.path.isfile(path) else {}
     if not isinstance(found, dict) or not {*FIXED, "base", "lists"} <= found.keys():
-        raise UserError(f"{path} was not written by evaluate.py generate: give a folder that it made.")
+        raise UserError(f"cannot read {path}: it does not exist, or evaluate.py generate did not write it. Give a "
+                        "folder that generate made, or --foreign to score images that were made elsewhere.")
     return found
 
 
-def scored(settings, bench):
-    """What a judge's scores are of: images with these `settings`, from these prompts."""
-    return {key: settings[key] for key in FIXED} | dict(prompts=settings["lists"][bench])
-
-
-def check_scores(folder, settings):
-    """Notes in `folder` what a judge's scores are of, or raises UserError if they are of something else."""
+def note_scores(folder, settings, bench, judge=()):
+    """Notes in `folder` what its scores are of: images with these `settings` from the prompts of `bench`, and which
+    weights and versions the `judge` has. Raises UserError if something else is noted there; gives the judge's notes."""
+    path = os.path.join(folder, "settings.json")
+    images = {key: settings[key] for key in FIXED} | dict(prompts=settings["lists"][bench])
     try:
-        same_settings(os.path.join(folder, "settings.json"), settings)
+        same_settings(path, images | dict(judge))
     except UserError as error:
         raise UserError(f"{error} Or delete {folder}*, so that all is judged again.") from None
+    return {key: value for key, value in read_json(path).items() if key not in images}
 
 
 def read_scores(run, name):
@@ -63,19 +59,16 @@ def read_scores(run, name):
 def read_coco(run):
     """What is in scores/coco.json, or {} if there is none."""
     path = os.path.join(run, "scores", "coco.json")
-    found = read_json(path) if os.path.exists(path) else {}
-    if not isinstance(found, dict) or found and not {"FID", "IS"} <= found.keys():
-        raise UserError(f"{path} was not written by evaluate.py score: delete it and give that command again.")
-    return found
+    return read_json(path) if os.path.exists(path) else {}
 
 
-def summary(run, name):
-    """What a judge found in a run, in a line."""
+def in_a_line(run, name):
+    """What a judge found in a run."""
     if name == "coco":
         found = read_coco(run)
         return f"FID {found['FID']:.2f}, IS {found['IS']:.2f}"
     key = KEYS.get(name, ["value"])[0]
-    found = interval(per_prompt(read_scores(run, name).values(), operator.itemgetter(key)))
+    found = interval(per_prompt(read_scores(run, name).values(), key))
     return f"{name} {found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
 
 
@@ -126,7 +119,7 @@ def bench_of(metric):
     return COLUMNS[metric.split(":")[0].split(",")[0]]
 
 
-def render(rows, paper):
+def to_markdown(rows, paper):
     """The lines of two Markdown tables, of the metrics that the paper has too and of their parts, and their notes."""
     metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
     columns = [metric for metric in COLUMNS if metric in metrics or (metric == "CB" and "CB~" in metrics)]
@@ -142,15 +135,15 @@ def render(rows, paper):
         digits, x = 2 if bench_of(metric) in ("coco", "hps", "pick") else 4, row[metric]
         return f"{x['mean']:.{digits}f}" + (f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" if "low" in x else "")
 
-    def markdown(heads, lines):
+    def table(heads, lines):
         return ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads),
                 *[f"| {name} | " + " | ".join(cells) + " |" for name, cells in lines], ""]
 
-    lines = markdown([head(metric) for metric in columns], [
+    lines = table([head(metric) for metric in columns], [
         (name, [text(metric, row) for metric in columns])
         for name, row in (rows | paper).items() if row.keys() & set(columns)])
     if rest:
-        lines += markdown(rows, [(head(metric), [text(metric, row) for row in rows.values()]) for metric in rest])
+        lines += table(rows, [(head(metric), [text(metric, row) for row in rows.values()]) for metric in rest])
     lines += ["In brackets: 95 % intervals from resampling prompts; differences are paired.", ""]
     return lines + [f"- ({k + 1}) {metric}: {NOTES[metric]}" for k, metric in enumerate(notes)]
 
@@ -170,41 +163,34 @@ def collect(run, benchmarks):
             ("GenEval", "geneval", "correct"), ("GenEval, lenient", "geneval", "lenient"),
             ("shapes", "shapes", "correct"), ("HPSv2", "hps", "value"), ("PickScore", "pick", "value")):
         if scores[name]:
-            found[metric] = per_prompt(scores[name].values(), operator.itemgetter(key))
+            found[metric] = per_prompt(scores[name].values(), key)
     official = compbench.official_spatial(run)
     mark = "" if official else "~"
-    rows = compbench.combine(scores["blip"], scores["clipscore"], official or scores["owl"])
-    parts = per_prompt(rows, operator.itemgetter("value"))
+    parts = per_prompt(compbench.combine(scores["blip"], scores["clipscore"], official or scores["owl"]))
     if len(parts) == len(compbench.CATEGORIES):
         found["CB" + mark] = {category: parts[category] for category in compbench.CATEGORIES}
     for metric, groups in dict(GenEval=found.get("GenEval", {}), HPSv2=found.get("HPSv2", {}), CB=parts).items():
         for group, values in groups.items():
             found[f"{metric}: {group}{mark if group in ('spatial', 'complex') else ''}"] = {group: values}
     if scores["geneval"]:
-        found["GenEval: nothing detected"] = per_prompt(scores["geneval"].values(), lambda row: row["details"] == "{}")
+        blank = [row | dict(value=row["details"] == "{}") for row in scores["geneval"].values()]
+        found["GenEval: nothing detected"] = per_prompt(blank)
     return found | {key: value for key, value in read_coco(run).items() if key != "images"}
-
-
-def cell(value):
-    """What the table's JSON file holds of a metric's value, as in `collect`."""
-    return interval(value) if isinstance(value, dict) else dict(mean=value)
 
 
 def compare(run, first, found, settings, judges):
     """({metric: run less first, prompt by prompt}, remarks on what is not the same in both)."""
     other = [key for key in FIXED[1:] if settings[run][key] != settings[first][key]]
-    lists, lists_of_first = settings[run]["lists"], settings[first]["lists"]
+    same = {} if "seed" in other else dict(settings[run]["lists"].items() & settings[first]["lists"].items())
     paired, remarks = {}, []
-    for name, value in found[run].items():
-        bench = bench_of(name)
-        same = "seed" not in other and lists[bench] == lists_of_first.get(bench)
-        if same and name in found[first] and not name.startswith("IS, "):
-            base = found[first][name]
-            paired[name] = {k: value[k] - base[k] for k in value} if isinstance(value, dict) else value - base
+    for metric, value in found[run].items():
+        if bench_of(metric) in same and metric in found[first] and not metric.startswith("IS, "):
+            base = found[first][metric]
+            paired[metric] = {k: value[k] - base[k] for k in value} if isinstance(value, dict) else value - base
     if other:
         remarks.append(f"{run} differs from {first} in " + ", ".join(
             f"{key} ({settings[run][key]}, not {settings[first][key]})" for key in other))
-    changed = [name for name in judges[run] if judges[run][name] != judges[first].get(name, judges[run][name])]
+    changed = [name for name, judge in judges[run].items() if judge != judges[first].get(name, judge)]
     if changed:
         remarks.append(f"{run} and {first} were judged by other versions of {', '.join(changed)}: see "
                        "scores/*/settings.json")
@@ -220,13 +206,11 @@ def make_table(runs, benchmarks):
         settings[run], judges[run] = read_settings(os.path.join(run, "settings.json")), {}
         for bench in settings[run]["lists"]:
             for name in benchmarks[bench][2]:
-                folder, of = os.path.join(run, "scores", name), scored(settings[run], bench)
+                folder = os.path.join(run, "scores", name)
                 if os.path.exists(os.path.join(folder, "settings.json")):
-                    check_scores(folder, of)
-                    note = read_json(os.path.join(folder, "settings.json"))
-                    judges[run][name] = {key: note[key] for key in note.keys() - of.keys()}
+                    judges[run][name] = note_scores(folder, settings[run], bench)
         found[run] = collect(run, benchmarks)
-        rows[run] = {metric: cell(value) for metric, value in found[run].items()}
+        rows[run] = {metric: interval(value) for metric, value in found[run].items()}
         rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in found[run] if ":" not in metric}
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
     if not any(found.values()):
@@ -235,11 +219,11 @@ def make_table(runs, benchmarks):
         paired, more = compare(run, runs[0], found, settings, judges)
         remarks += more
         if paired:
-            rows[f"{run} − {runs[0]}"] = {metric: cell(value) for metric, value in paired.items()}
+            rows[f"{run} − {runs[0]}"] = {metric: interval(value) for metric, value in paired.items()}
     remarks += [f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
                                        if value is not None and key != "lists") for run in runs]
     paper = {f"paper, Table {number}: {row}": {  # the paper's GenEval is by the lenient rule
         "GenEval, lenient" if metric == "GenEval" else metric: dict(mean=x) for metric, x in values.items()}
         for number, preset, row, values in PAPER if preset in {one["base"] for one in settings.values()}}
-    text = "\n".join([*render(rows, paper), *[f"- {line}" for line in remarks]])
+    text = "\n".join([*to_markdown(rows, paper), *[f"- {line}" for line in remarks]])
     return text, dict(runs=rows, paper=paper, notes=NOTES, remarks=remarks, settings=settings)

@@ -74,7 +74,7 @@ def test_the_official_lists_give_the_official_layouts_and_counts(tmp_path):
     assert found["coco"][7]["path"] == "coco/im256/COCO_val2014_000000029992.jpg" and found["coco"][7]["prompt"] == "A dog, number 29992"
     assert len(found["shapes"]) == 400 and found["shapes"][0]["prompt"] == found["shapes"][0]["metadata"]["caption"]
     (tmp_path / "pick" / "PartiPrompts.tsv").write_text("Prompt\na\nb\n")
-    with pytest.raises(UserError, match=r"pick give 2 images, not 1632: delete that folder"):
+    with pytest.raises(UserError, match=r"pick \(2 images, not 1632\): delete that folder"):
         evaluate.list_images("pick", data)
 
 
@@ -219,7 +219,7 @@ def test_other_settings_are_not_mixed_into_a_folder(world, sd):
     with pytest.raises(SystemExit, match="run holds other files and no settings.json"):
         generate(world, sd, "run", "--bench", "pick", "--guidance", "9")
     (world / "run" / "settings.json").write_text("{}")
-    with pytest.raises(SystemExit, match="settings.json was not written by evaluate.py generate"):
+    with pytest.raises(SystemExit, match="run was begun with other fingerprint"):
         generate(world, sd, "run", "--bench", "pick")
 
 
@@ -486,9 +486,6 @@ def test_fid_and_is_appear_when_all_images_have_been_seen(world, sd, judges, mon
     score(world, "run")
     again = json.loads((world / "run" / "scores" / "coco.json").read_text())
     assert len(seen) == 7 and again["FID"] != found["FID"]  # all images at once
-    (world / "run" / "scores" / "coco.json").write_text("[]")
-    with pytest.raises(SystemExit, match="coco.json was not written by evaluate.py score"):
-        score(world, "run")
 
 
 def test_a_damaged_image_is_named(tmp_path):
@@ -498,7 +495,7 @@ def test_a_damaged_image_is_named(tmp_path):
     for start in (8, 40, 60, 200):  # a zeroed block in the head, at the length and in the pixels
         with open(path, "wb") as file:
             file.write(whole[:start] + bytes(64) + whole[start + 64:])
-        with pytest.raises(UserError, match="cannot read .*x.png .*delete it"):
+        with pytest.raises(UserError, match="cannot judge .*x.png .*delete it"):
             evaluate.open_image(path)
 
 
@@ -509,7 +506,7 @@ def test_scores_are_of_whole_benchmarks_and_of_the_images_that_are_there(world, 
     with pytest.raises(SystemExit, match=r"1 of 4 images of pick are missing in .*, first pick/images/00002.jpg"):
         score(world, "run")
     (run / "pick" / "images" / "00002.jpg").write_text("no image")
-    with pytest.raises(SystemExit, match="cannot read .*00002.jpg .*delete it"):
+    with pytest.raises(SystemExit, match="cannot judge .*00002.jpg .*delete it"):
         score(world, "run")
     os.replace(world / "away.jpg", run / "pick" / "images" / "00002.jpg")
     score(world, "run")
@@ -521,7 +518,7 @@ def test_scores_are_of_whole_benchmarks_and_of_the_images_that_are_there(world, 
     for command in (["score", str(run), "--data", str(world / "data")], ["table", str(run), "--out", str(world / "t.md")]):
         with pytest.raises(SystemExit, match=r"scores/pick was begun with seed 42, not 1: .* Or delete .*scores/pick\*"):
             evaluate.main(command)
-    with pytest.raises(SystemExit, match="run holds no images of hps: make them by evaluate.py generate --bench hps"):
+    with pytest.raises(SystemExit, match="run holds no images of hps from the prompts in .*data: make them by evaluate.py generate --bench hps"):
         score(world, "run", flags=["--bench", "hps"])
     with pytest.raises(SystemExit, match="cannot read .*none/settings.json"):
         score(world, "none")
@@ -610,7 +607,7 @@ def test_paired_differences_need_the_same_seeds_and_prompts(world, sd, judges, c
 def test_images_that_were_made_elsewhere_are_scored_too(world, sd, capsys):
     """In the official layout: half of these images show what they should."""
     rows, run = evaluate.list_images("shapes", str(world / "data")), world / "foreign"
-    with pytest.raises(SystemExit, match="settings.json, which does not exist: .* or --foreign"):
+    with pytest.raises(SystemExit, match="settings.json: it does not exist, .* or --foreign"):
         score(world, "foreign")
     for k, row in enumerate(rows):
         os.makedirs(os.path.dirname(run / row["path"]), exist_ok=True)
@@ -648,7 +645,7 @@ def test_an_image_of_another_size_is_refused_and_a_changed_one_is_judged_again(w
     changed = [row["path"] for row in first if second[row["path"]]["value"] != row["value"]]
     assert changed == ["pick/images/00002.jpg"] and len(second) == 4
     Image.new("RGB", (64, 32), "red").save(path)
-    with pytest.raises(SystemExit, match=r"00002.jpg has 64 x 32 pixels, not 64 x 64: delete it"):
+    with pytest.raises(SystemExit, match=r"00002.jpg \(it has 64 x 32 pixels, not 64 x 64\): delete it"):
         score(world, "run")
     path.write_bytes(before)
     score(world, "run")
@@ -768,7 +765,7 @@ def test_mistakes_in_a_grid_end_in_one_sentence(flags, message, sd, capsys):
 @pytest.mark.parametrize("rows", ["{}", '{"c": "a"}\n[]', '{"c": "a"}\n{"prompt": 1'])
 def test_rows_without_prompts_are_refused(rows, tmp_path, sd):
     (tmp_path / "p.jsonl").write_text(rows)
-    with pytest.raises(SystemExit, match="p.jsonl .* a row of it has no prompt"):
+    with pytest.raises(SystemExit, match=r"p.jsonl:\d: not a row with texts prompt"):
         evaluate.main(["grid", "--models", sd, "--prompts", str(tmp_path / "p.jsonl")])
 
 
@@ -778,7 +775,7 @@ def test_prompts_are_read_from_text_and_from_rows_of_pairs(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "x", "c": "y"}\n\n{"id": 1, "c": "z", "c_minus": "w"}\n')
     assert evaluate.read_prompts(str(tmp_path / "p.jsonl")) == ["x", "z"]
     (tmp_path / "p.txt").write_bytes("prompt".encode("utf-16"))
-    with pytest.raises(UserError, match="p.txt is not UTF-8"):
+    with pytest.raises(UserError, match="p.txt:1: not UTF-8"):
         evaluate.read_prompts(str(tmp_path / "p.txt"))
 
 
@@ -830,7 +827,6 @@ def test_two_writers_and_a_lack_of_memory_end_in_one_sentence(world, sd, monkeyp
 
 
 def test_what_is_only_in_requirements_eval_is_asked_for(monkeypatch):
-    for name, loader in (("spacy", compbench.load_spacy), ("torch_fidelity.feature_extractor_inceptionv3", lambda: fid.load_inception("cpu"))):
-        monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(UserError, match="pip install -r requirements-eval.txt"):
-            loader()
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(UserError, match="pip install -r requirements-eval.txt"):
+        fid.load_inception("cpu")

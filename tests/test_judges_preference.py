@@ -89,9 +89,9 @@ def test_hpsv2_reads_prompts_as_open_clip_cleans_them(clip, monkeypatch):
     asked = []
     monkeypatch.setattr(preference, "from_hub", lambda *arguments: None)
     monkeypatch.setattr(preference, "from_url", lambda *arguments: None)
-    monkeypatch.setattr(preference, "cosine", lambda *arguments: lambda rows, images: asked.extend(rows))
-    preference.load_hps("cpu", "")([dict(prompt="a dog’s &amp; a cat’s", index=3)], [])
-    assert asked == [dict(prompt="a dog's & a cat's", index=3)]
+    monkeypatch.setattr(shared, "clip_embed", lambda net, tokenizer, images, texts, pixels: asked.append((texts, pixels)) or (torch.ones(1, 1), torch.ones(1, 1)))
+    assert preference.load_hps("cpu", "")([dict(prompt="a dog’s &amp; a cat’s", index=3)], [None]) == [dict(value=100)]
+    assert asked == [(["a dog's & a cat's"], preference.hps_pixels)]
 
 
 def test_weights_are_float32_whatever_their_file(clip, tmp_path):
