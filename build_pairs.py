@@ -29,25 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+import common
 import models
 import plots
-from common import (
-    UserError,
-    at_least,
-    barrier,
-    check_rows,
-    checksum,
-    count,
-    is_first,
-    json_lines,
-    parquet_rows,
-    processes,
-    program,
-    same_settings,
-    stop_if_bad,
-    to_lines,
-    write_file,
-)
+from common import UserError, at_least, program
 from pairs import PairStore, misfit, read_meta, shard_path
 
 # ---- what the pairs are made of
@@ -59,13 +44,13 @@ def read_perturbed(path, seed):
     if not os.path.isfile(path) or not path.endswith(".jsonl"):
         raise UserError(f"--prompts {path}: there is no such .jsonl file. Make it with  python perturb.py prompts.txt "
                         "perturbed.jsonl")
-    lines = list(json_lines(path))
-    found = list(check_rows(path, lines, ["c", "c_minus"]))
-    stop_if_bad(path, [f"{path}:{number}: c is empty, or c_minus is the same as c: they make no preference"
-                       for number, _, c, c_minus in found if not c or c == c_minus])
+    lines = dict(common.json_lines(path))  # {number: row}
+    found = list(common.check_rows(path, lines.items(), ["c", "c_minus"]))
+    common.stop_if_bad(path, [f"{path}:{number}: c is empty, or c_minus is the same as c: they make no preference"
+                              for number, _, c, c_minus in found if not c or c == c_minus])
     rows = []
-    for i, ((_, name, c, c_minus), (_, line)) in enumerate(zip(found, lines)):
-        how = {key: line[key] for key in ("strategy", "perturb_seed", "llm") if key in line}
+    for i, (number, name, c, c_minus) in enumerate(found):
+        how = {key: lines[number][key] for key in ("strategy", "perturb_seed", "llm") if key in lines[number]}
         rows.append(dict(id=name, c=c, c_minus=c_minus, noise_seed=seed + i, **how))
     return rows
 
@@ -74,25 +59,22 @@ def read_image_pairs(path):
     """A row, dict(id, c, c_minus=None, winner, loser), for each line of a .jsonl file with c and the names of the two
     images, which are relative to the file's folder; or for each comparison in Pick-a-Pic's .parquet files. A folder
     stands for its metadata.jsonl or for its .parquet files, of which those of the training split are taken."""
-    if os.path.isdir(path):
-        inside = os.path.join(glob.escape(path), "")
-        files = (glob.glob(inside + "metadata.jsonl") or glob.glob(inside + "train*.parquet")
-                 or glob.glob(inside + "*.parquet"))
-    else:
-        files = [path] if os.path.isfile(path) and path.endswith((".jsonl", ".parquet")) else []
-    if not files:
+    inside = os.path.join(glob.escape(path), "")
+    files = (glob.glob(inside + "metadata.jsonl") or glob.glob(inside + "train*.parquet")
+             or glob.glob(inside + "*.parquet") or [path])
+    if not os.path.isfile(files[0]) or not files[0].endswith((".jsonl", ".parquet")):
         raise UserError(f"--from-images {path}: must be a folder with a metadata.jsonl or with Pick-a-Pic's .parquet "
                         "files, or one such file. A line of the .jsonl file is a pair, with c, winner and loser.")
     if files[0].endswith(".parquet"):
         return read_pick_a_pic(sorted(files))
     path, rows, bad = files[0], [], []
-    for number, name, c, *sides in check_rows(path, json_lines(path), ["c", "winner", "loser"]):
+    for number, name, c, *sides in common.check_rows(path, common.json_lines(path), ["c", "winner", "loser"]):
         winner, loser = (os.path.join(os.path.dirname(path), file) for file in sides)
         rows.append(dict(id=name, c=c, c_minus=None, winner=winner, loser=loser))
         if not (c and os.path.isfile(winner) and os.path.isfile(loser) and not filecmp.cmp(winner, loser, False)):
             bad.append(f"{path}:{number}: c is empty, winner and loser are the same image, or one of {sides} is not "
                        "there")
-    stop_if_bad(path, bad)
+    common.stop_if_bad(path, bad)
     return rows
 
 
@@ -101,7 +83,7 @@ def read_pick_a_pic(files):
     FILE/ROW GROUP/ROW/COLUMN. Ties, and what else is no comparison, are left out and counted."""
     rows, left_out, number = [], collections.Counter(), 0
     for path in files:
-        for group, k, row in parquet_rows(path, ["caption", "label_0"], ["are_different"]):
+        for group, k, row in common.parquet_rows(path, ["caption", "label_0"], ["are_different"]):
             number += 1
             if row["label_0"] not in (0, 1):
                 left_out["ties"] += 1
@@ -111,7 +93,7 @@ def read_pick_a_pic(files):
                 best, place = 0 if row["label_0"] == 1 else 1, f"{path}/{group}/{k}/jpg_"
                 rows.append(dict(id=f"{number:06d}", c=row["caption"].strip(), c_minus=None,
                                  winner=f"{place}{best}", loser=f"{place}{1 - best}"))
-    for which, n in left_out.items() if is_first() else ():
+    for which, n in left_out.items() if common.is_first() else ():
         print(f"left out {n} of {number} pairs: {which}")
     return rows
 
@@ -128,7 +110,7 @@ class Images:
                 return file.read()
         path, group, row, column = name.rsplit("/", 3)
         if self.place != (path, group) or int(row) < self.row:
-            self.rows = parquet_rows(path, ["jpg_0", "jpg_1"], group=int(group), at_once=16)
+            self.rows = common.parquet_rows(path, ["jpg_0", "jpg_1"], group=int(group), at_once=16)
             self.place, self.row = (path, group), -1
         while self.row < int(row):
             _, self.row, self.cells = next(self.rows)
@@ -212,29 +194,28 @@ def begin_store(args, rows, model):
     if not args.from_images:
         settings |= dict(sampler=type(model.pipe.scheduler).__name__, steps=args.steps, guidance=args.guidance,
                          seed=args.seed)
-    text = to_lines(row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows))
+    placed = [row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows)]
+    text = common.to_lines(placed)
     notes = dict(model=args.model, table=hashlib.sha256(text.encode()).hexdigest(),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
     meta, table = os.path.join(args.out, "meta.json"), os.path.join(args.out, "pairs.jsonl")
     begun = read_meta(args.out) if os.path.exists(meta) else None
     if not begun and not args.from_images:
         limit = max(model.max_tokens.values(), default=model.pipe.tokenizer.model_max_length)
-        stop_if_bad(args.prompts, [f"{args.prompts}: {name}: c and c_minus are the same in the {limit} tokens that the "
-                                   "model reads" for name in models.same_tokens(model, rows)])
-    same_settings(meta, settings, notes)
+        common.stop_if_bad(args.prompts, [f"{args.prompts}: {name}: c and c_minus are the same in the {limit} tokens "
+                                          "that the model reads" for name in models.same_tokens(model, rows)])
+    common.same_settings(meta, settings, notes)
     if begun and begun["table"] != notes["table"]:
         raise UserError(f"{args.out} was begun with other prompts than {args.from_images or args.prompts} has: use the "
                         "same again, or another --out.")
     if not os.path.exists(table):
-        write_file(table, text)
+        common.write_file(table, text)
     empty = [row for row in rows if row["c_minus"] == ""]
     if empty:
-        print(f"{count(empty, 'pair')} of {len(rows)} with an empty c_minus, which is the null prompt")
+        print(f"{common.count(empty, 'pair')} of {len(rows)} with an empty c_minus, which is the null prompt")
 
 
 # ---- looking at them
-
-PERCENTILES = (0, 5, 50, 95, 100)  # of the number of words in a prompt
 
 
 def check_store(store, model):
@@ -264,14 +245,14 @@ def inspect(folder):
     model = models.load(store.meta["model"])
     problems = check_store(store, model)
     if problems:
-        raise UserError("\n".join([*problems, f"{folder}: {count(problems, 'problem')}."]))
+        raise UserError("\n".join([*problems, f"{folder}: {common.count(problems, 'problem')}."]))
     some = [store[i] for i in np.linspace(0, len(store) - 1, min(256, len(store))).astype(int)]
-    shown, columns = some[::max(1, len(some) // 4)][:4], []
+    shown, columns, shares = some[::max(1, len(some) // 4)][:4], [], (0, 5, 50, 95, 100)
     for name, side, key in (("x_0_w", 1, "c"), ("x_0_l", 2, "c_minus")):
         words = [len(row[key].split()) for row in store.rows if row[key] is not None]
         if words:
-            print(f"{key}: {len(words)} prompts; words: " + ", ".join(
-                f"{share}% {value:.3g}" for share, value in zip(PERCENTILES, np.percentile(words, PERCENTILES))))
+            print(f"{key}: {len(words)} prompts; words: "
+                  + ", ".join(f"{share}% {n:.3g}" for share, n in zip(shares, np.percentile(words, shares))))
         if shown[0][side] is not None:
             x_0 = torch.stack([pair[side] for pair in some]).float()  # (pairs, channels, h, w)
             print(f"{name} of {len(x_0)} pairs: mean {x_0.mean():.3f}, deviation {x_0.std():.3f}")
@@ -285,20 +266,16 @@ def parse(argv):
     """The flags. Raises UserError where one does not go with the others."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="build_pairs.py --model MODEL [flags]",
                                      allow_abbrev=False)
-    parser.add_argument("--inspect", metavar="STORE", help="only say what is in a store and what is wrong with it, and "
-                        "draw some of it")
+    parser.add_argument("--inspect", metavar="STORE", help="only say and draw what is in a store, and what is wrong")
     parser.add_argument("--model", help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder")
     parser.add_argument("--prompts", help="what perturb.py wrote (default: perturbed.jsonl)")
     parser.add_argument("--out", help="the pair store (default: pairs/MODEL)")
-    parser.add_argument("--from-images", metavar="PATH", help="instead of --prompts: a folder with a metadata.jsonl, "
-                        "which has c, winner and loser (image files) in each line, or with Pick-a-Pic's .parquet files "
-                        "(jpg_0, jpg_1, label_0, caption); or one such file")
-    parser.add_argument("--negatives", choices=["generated", "none"], help="none: winners only, "
-                        "which is all that train.py --negatives rand-positive and not-paired need, for half the cost")
-    parser.add_argument("--steps", type=at_least(1, high=1000),
-                        help="sampling steps (default, from scripts: 25, SANA 20)")
-    parser.add_argument("--guidance", type=at_least(0, float, high=100),
-                        help="guidance scale (script: 7.5, SDXL and SD3 5.0, SANA 4.5)")
+    parser.add_argument("--from-images", metavar="PATH", help="instead of --prompts: a folder with a metadata.jsonl "
+                        "(c, winner and loser in each line) or with Pick-a-Pic's .parquet files, or one such file")
+    parser.add_argument("--negatives", choices=["generated", "none"], help="none: winners only, for half the cost "
+                        "(enough for train.py --negatives rand-positive and not-paired)")
+    parser.add_argument("--steps", type=at_least(1, high=1000), help="of sampling (default, from scripts: 25, SANA 20)")
+    parser.add_argument("--guidance", type=at_least(0, float, 100), help="(script: 7.5, SDXL and SD3 5.0, SANA 4.5)")
     parser.add_argument("--batch-size", type=at_least(1), default=16, help="pairs sampled at once (guess)")
     parser.add_argument("--shard-size", type=at_least(1), default=128, help="pairs in a file (guess)")
     parser.add_argument("--seed", type=at_least(0), help="x_T of pair i comes from seed + i (default: 0)")
@@ -326,37 +303,37 @@ def main(argv=None):
     rows = read_image_pairs(args.from_images) if args.from_images else read_perturbed(args.prompts, args.seed)
     if not rows:
         raise UserError(f"{args.from_images or args.prompts} has no pairs in it.")
-    with processes(args.out) as (rank, world, device):
+    with common.processes(args.out) as (rank, world, device):
         model = models.load(args.model, device, torch.float16 if device.type == "cuda" else torch.float32)
         args.steps = args.steps or model.steps
         args.guidance = model.guidance if args.guidance is None else args.guidance
         if rank == 0:  # the first process alone begins the store
             begin_store(args, rows, model)
-        barrier()
-        meta, path = read_meta(args.out), os.path.join(args.out, "meta.json")
+        common.barrier()
         if args.compile:
             model.net.compile()
+        meta = read_meta(args.out)
+        store = PairStore(args.out) if "checksums" in meta else None  # whole once: what is there must be as it was then
         parts = {s: rows[k:k + args.shard_size] for s, k in enumerate(range(0, len(rows), args.shard_size))}
         done = [s for s in parts if os.path.exists(shard_path(args.out, s))]
         todo, images = [s for s in parts if s not in done], Images()
-        store = PairStore(args.out) if "checksums" in meta else None  # whole once: what is there must be as it was then
         for s in done[rank::world]:
             if store:
                 store.open_shard(s)
             if args.from_images:
                 check_images(shard_path(args.out, s), parts[s], images)
-        barrier()  # all have seen the same list of shards before any adds to them
+        common.barrier()  # all have seen the same list of shards before any adds to them
         mine = todo[rank::world]
         with tqdm(desc="pairs", total=sum(len(parts[s]) for s in mine), disable=rank > 0) as bar:
             for s in mine:
-                write_file(shard_path(args.out, s), make_shard(model, parts[s], args, bar, images))
-        barrier()
+                common.write_file(shard_path(args.out, s), make_shard(model, parts[s], args, bar, images))
+        common.barrier()
         if rank == 0:
-            if todo or "checksums" not in meta:
-                meta["checksums"] = [checksum(shard_path(args.out, s)) for s in parts]
-                write_file(path, json.dumps(meta, indent=1) + "\n")
-            print(f"wrote {args.out}: {count(rows, 'pair')} in {count(parts, 'shard')}" if todo else
-                  f"{args.out} is complete: {count(rows, 'pair')}; nothing was done")
+            if todo or not store:
+                meta["checksums"] = [common.checksum(shard_path(args.out, s)) for s in parts]
+                common.write_file(os.path.join(args.out, "meta.json"), json.dumps(meta, indent=1) + "\n")
+            print(f"wrote {args.out}: {common.count(rows, 'pair')} in {common.count(parts, 'shard')}" if todo else
+                  f"{args.out} is complete: {common.count(rows, 'pair')}; nothing was done")
             method = (["--objective", "diffusion-dpo"] if args.from_images else
                       ["--negatives", "rand-positive"] if args.negatives == "none" else [])
             print("next: " + shlex.join(["python", "train.py", "--model", args.model, "--pairs", args.out, *method]))

@@ -31,53 +31,48 @@ class PairStore:
         if not os.path.isfile(table) or checksum(table) != self.meta["table"]:
             raise UserError(f"{table} is missing or was changed after the pairs were made: make them in a new folder.")
         self.names = ("x_0_w", "x_0_l") if self.meta["negatives"] == "generated" else ("x_0_w",)
-        self.rows, self.checked, ids = read_lines(table), set(), set()
+        self.rows, ids = read_lines(table), set()
         if not len(self.rows) == self.meta["pairs"] > 0:
             raise UserError(f"{table} has {len(self.rows)} lines, and not one for each of {self.meta['pairs']} pairs.")
         for i, row in enumerate(self.rows):
             name, c, c_minus = row.get("id"), row.get("c"), row.get("c_minus")
             if not (isinstance(name, str) and isinstance(c, str) and c.strip() and isinstance(c_minus, str | None)
                     and (row.get("shard"), row.get("row")) == divmod(i, self.meta["shard_size"])):
-                raise UserError(f"{table}:{i + 1}: not a row of a pair store, or its c is empty or its shard is "
-                                "another one.")
+                raise UserError(f"{table}:{i + 1}: not a row of a pair store, or its c is empty or its shard wrong.")
             if name in ids:
                 raise UserError(f"{table}:{i + 1}: 2 pairs have the id {name}.")
             if c == c_minus:
                 raise UserError(f"{table}:{i + 1}: pair {name}: c and c_minus are the same to the model.")
             ids.add(name)
+        self.check_shard = functools.cache(self.check_shard)
         self.open_shard = functools.lru_cache(64)(self.open_shard)  # a process may have some 1000 files open
 
     def open_shard(self, number):
         """An open safetensors file, mapped into memory."""
-        path = shard_path(self.folder, number)
-        if number not in self.checked and not (
-                os.path.isfile(path) and checksum(path) == self.meta["checksums"][number]):
-            raise UserError(f"{path} is missing or damaged: delete it and run its build_pairs.py command again.")
-        try:
-            shard = safe_open(path, framework="pt")
-            if number not in self.checked:
-                self.check_latents(path, shard, number)
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a shard of a pair store ({error}): make the pairs in a new "
-                            "folder.") from None
-        self.checked.add(number)
-        return shard
+        self.check_shard(number)
+        return safe_open(shard_path(self.folder, number), framework="pt")
 
-    def check_latents(self, path, shard, number):
-        """Raises UserError if what a shard holds can be no latents of its pairs."""
-        first = number * self.meta["shard_size"]
-        shape = [len(self.rows[first:first + self.meta["shard_size"]]), *self.meta["latents"]]
-        for name in self.names:
-            x = shard.get_tensor(name)  # (pairs, channels, h, w)
+    def check_shard(self, number):
+        """Raises UserError if a shard is not what was written, or holds what can be no latents of its pairs."""
+        path, size = shard_path(self.folder, number), self.meta["shard_size"]
+        if not os.path.isfile(path) or checksum(path) != self.meta["checksums"][number]:
+            raise UserError(f"{path} is missing or damaged: delete it and run its build_pairs.py command again.")
+        ids = [row["id"] for row in self.rows[number * size:(number + 1) * size]]
+        shape = [len(ids), *self.meta["latents"]]
+        try:
+            with safe_open(path, framework="pt") as shard:
+                latents = {name: shard.get_tensor(name) for name in self.names}
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a shard of a pair store ({error}): make the pairs anew.") from None
+        for name, x in latents.items():
             if list(x.shape) != shape or not x.is_floating_point():
                 raise UserError(f"{path}: {name} is {x.dtype} of shape {list(x.shape)}, not floats of shape {shape}: "
                                 "make the pairs in a new folder.")
             deviation = x.float().flatten(1).std(1)  # (pairs,)
             bad = ((deviation < 0.001) | (deviation > 30)).nonzero().flatten().tolist()  # guess; it is near 1
             if bad:
-                raise UserError(f"{path}: {name} of the pairs {[self.rows[first + k]['id'] for k in bad[:10]]} has a "
-                                f"deviation of {deviation[bad[0]]:.3g}: these are no scaled latents. Make the pairs in "
-                                "a new folder.")
+                raise UserError(f"{path}: {name} of the pairs {[ids[k] for k in bad[:10]]} has a deviation of "
+                                f"{deviation[bad[0]]:.3g}: these are no scaled latents. Make the pairs anew.")
 
     def __len__(self):
         return len(self.rows)

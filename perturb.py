@@ -12,8 +12,7 @@ and the flags, not of the number of processes. The answers are kept in OUT.parts
 when its command is given again.
 
 In: a text file, one prompt a line; a .jsonl or .parquet file with a column `prompt` and, if wished, an `id`; or
-`diffusiondb`, the paper's prompts. Of equal prompts the first is taken. pandas turns any other table into one of these:
-pandas.read_csv("p.csv").to_json("p.jsonl", orient="records", lines=True).
+`diffusiondb`, the paper's prompts. Of equal prompts the first is taken.
 Out: .jsonl, a line a pair: id, c, c_minus, strategy, perturb_seed (and llm).
 """
 
@@ -27,22 +26,8 @@ import random
 
 from tqdm import tqdm
 
-from common import (
-    UserError,
-    at_least,
-    barrier,
-    check_rows,
-    count,
-    is_first,
-    json_lines,
-    parquet_rows,
-    processes,
-    program,
-    same_settings,
-    text_lines,
-    to_lines,
-    write_file,
-)
+import common
+from common import UserError, at_least, program
 
 
 def remove_words(c, seed=0, variant=0, low=0.4, high=0.7):
@@ -173,19 +158,19 @@ def rewrite_all(args, prompts):
     folder, instruction = args.out + ".parts", INSTRUCTIONS[args.strategy]
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
-    with processes(folder) as (rank, world, device):
+    with common.processes(folder) as (rank, world, device):
         if rank == 0:
-            same_settings(os.path.join(folder, "settings.json"), dict(
+            common.same_settings(os.path.join(folder, "settings.json"), dict(
                 strategy=args.strategy, perturb_seed=args.seed, llm=args.llm, batch_size=args.batch_size,
                 attempts=args.attempts, part=PART,
                 prompts=hashlib.sha256(json.dumps([instruction, prompts]).encode()).hexdigest()))
-        barrier()
+        common.barrier()
         todo = [(k, path) for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)]
         ask = load_llm(args.llm, instruction, args.batch_size, device) if todo else None
         for k, path in tqdm(todo, f"rewrite, {PART} prompts at a time", disable=rank > 0):
-            write_file(path, to_lines(rewrite(parts[path], ask, args.attempts, f"{args.seed} {k}")))
-        barrier()
-        return [row for path in parts for _, row in json_lines(path)]
+            common.write_file(path, common.to_lines(rewrite(parts[path], ask, args.attempts, f"{args.seed} {k}")))
+        common.barrier()
+        return [row for path in parts for _, row in common.json_lines(path)]
 
 
 # ---- the prompts
@@ -200,15 +185,15 @@ def read_prompts(source):
         raise UserError(f"there is no file {source}.")
     kind = os.path.splitext(source)[1]
     if kind == ".jsonl":
-        rows = json_lines(source)
+        rows = common.json_lines(source)
     elif kind == ".parquet":
-        rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
+        rows = enumerate((row for *_, row in common.parquet_rows(source, ["prompt"], ["id"])), 1)
     elif kind in (".txt", ""):
-        rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
+        rows = ((number, dict(prompt=line)) for number, line in common.text_lines(source))
     else:
         raise UserError(f"{source}: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl "
                         'file: pandas.read_csv("p.csv").to_json("p.jsonl", orient="records", lines=True)')
-    return check_rows(source, rows, ["prompt"])
+    return common.check_rows(source, rows, ["prompt"])
 
 
 def fetch_diffusiondb():
@@ -233,7 +218,7 @@ def choose(prompts, fewest, limit, seed):
     seen, short, repeated = set(), [], []
 
     def different():
-        for order, (number, name, c) in enumerate(prompts):
+        for number, name, c in prompts:
             key = hashlib.sha256(f"{seed} {c}".encode()).digest()
             if len(c.split()) < fewest:
                 short.append(number)
@@ -241,7 +226,7 @@ def choose(prompts, fewest, limit, seed):
                 repeated.append(number)
             else:
                 seen.add(key)
-                yield key, order, name, c
+                yield key, number, name, c
 
     chosen = different() if limit is None else heapq.nsmallest(limit, different())
     return [(name, c) for _, _, name, c in sorted(chosen, key=lambda row: row[1])], len(seen), short, repeated
@@ -257,12 +242,10 @@ def parse(argv):
                                      allow_abbrev=False)
     parser.add_argument("prompts", help="a text file, one prompt a line; a .jsonl or .parquet file; or diffusiondb")
     parser.add_argument("out", help="the .jsonl file to write")
-    parser.add_argument("--strategy", choices=["random-removal", *INSTRUCTIONS], default="random-removal",
-                        help="Table 3a")
+    parser.add_argument("--strategy", choices=["random-removal", *INSTRUCTIONS], default="random-removal")
     parser.add_argument("--limit", type=at_least(1), help="take a sample of so many prompts (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variants", type=at_least(1), help="different c_minus of each prompt, or fewer for a "
-                        "prompt of few words (default: 1)")
+    parser.add_argument("--variants", type=at_least(1), help="different c_minus of each prompt, at most (default: 1)")
     parser.add_argument("--low", type=float, help="least share of words to remove (paper: 0.4)")
     parser.add_argument("--high", type=float, help="largest share of words to remove (paper: 0.7)")
     parser.add_argument("--llm", help=f"a chat model, hub id or folder (default: {REWRITING['llm']})")
@@ -286,26 +269,26 @@ def is_ours(path):
     more in them."""
     always = {"id", "c", "strategy", "perturb_seed"}
     return all(isinstance(row, dict) and always <= row.keys() <= always | {"c_minus", "answer", "reason", "llm"}
-               for _, row in json_lines(path))
+               for _, row in common.json_lines(path))
 
 
 @program
 def main(argv=None):
     args = parse(argv)
     rewriting = args.strategy in INSTRUCTIONS
-    if not rewriting and not is_first():
+    if not rewriting and not common.is_first():
         return  # one process is enough to remove words
 
-    rows = tqdm(read_prompts(args.prompts), "read", disable=not is_first())
+    rows = tqdm(read_prompts(args.prompts), "read", disable=not common.is_first())
     prompts, different, short, repeated = choose(rows, 1 if rewriting else 2, args.limit, args.seed)
     fewest = "one word" if rewriting else "two words"
     if not prompts:
         raise UserError(f"{args.prompts} has no prompt of {fewest} or more; nothing was written.")
     for numbers, noun, more in ((short, "prompt", f" of fewer than {fewest}"), (repeated, "duplicate prompt", "")):
-        if numbers and is_first():
-            print(f"left out {count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
+        if numbers and common.is_first():
+            print(f"left out {common.count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
                   + ", ..." * (len(numbers) > 10))
-    if args.limit and is_first():
+    if args.limit and common.is_first():
         print(f"took {len(prompts)} of {different} different prompts")
 
     how = dict(strategy=args.strategy, perturb_seed=args.seed)
@@ -313,18 +296,18 @@ def main(argv=None):
         rows, how = rewrite_all(args, prompts), how | dict(llm=args.llm)
     else:
         rows = remove_all(prompts, args.seed, args.variants, args.low, args.high)
-    if not is_first():
+    if not common.is_first():
         return
     good = [row | how for row in rows if "c_minus" in row]
     rejected = [row | how for row in rows if "c_minus" not in row]
     if rewriting:
-        write_file(args.out + ".rejected.jsonl", to_lines(rejected))
+        common.write_file(args.out + ".rejected.jsonl", common.to_lines(rejected))
     if rejected:
-        print(f"rejected {count(rejected, 'prompt')}, after {args.attempts} unusable answers to each: "
+        print(f"rejected {common.count(rejected, 'prompt')}, after {args.attempts} unusable answers to each: "
               f"{args.out}.rejected.jsonl")
     if not good:
         raise UserError(f"{args.llm} gave no usable answer; {args.out} was not written.")
-    write_file(args.out, to_lines(good))
+    common.write_file(args.out, common.to_lines(good))
     print(f"wrote {args.out}: {len(good)} pairs of prompts")
 
 

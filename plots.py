@@ -20,20 +20,16 @@ def draw_grid(prompts, columns, path):
     figure, axes = plt.subplots(rows, len(columns), squeeze=False, layout="constrained",
                                 figsize=(2.5 * len(columns) + 1, 2.5 * rows + 0.5))
     for column, (title, images, *captions) in enumerate(columns):
-        axes[0, column].set_title("\n".join(textwrap.wrap(title, 34)), fontsize=8, parse_math=False)
+        axes[0, column].set_title(textwrap.fill(title, 34), fontsize=8, parse_math=False)
         for row, image in enumerate(images):
             axis = axes[row, column]
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
             if captions:
-                axis.set_xlabel(wrapped(captions[0][row]), fontsize=7, parse_math=False)
+                axis.set_xlabel(textwrap.fill(captions[0][row] or "", 34, max_lines=5), fontsize=7, parse_math=False)
             elif column == 0:
-                axis.set_ylabel(wrapped(prompts[row]), fontsize=7, parse_math=False)
+                axis.set_ylabel(textwrap.fill(prompts[row] or "", 34, max_lines=5), fontsize=7, parse_math=False)
     save_figure(figure, path)
-
-
-def wrapped(text):
-    return "\n".join(textwrap.wrap(text or "", 34, max_lines=5))
 
 
 CURVES = [  # of a run's log: the columns of a panel, its title, the unit of its y axis
@@ -45,7 +41,8 @@ CURVES = [  # of a run's log: the columns of a panel, its title, the unit of its
     (["drift"], "how far the student is from the reference", "mean squared difference"),
     (["grad_norm"], "gradient, before it is clipped to 1", "norm"),
     (["lr"], "learning rate", "")]
-WORDS = dict(winner="winner: lower is better", loser="loser: higher is better")
+LABELS = dict(winner="winner: lower is better", loser="loser: higher is better",
+              logit_quantiles=[f"{share} % of the pairs are below" for share in (5, 25, 50, 75, 95)])
 
 
 def draw_curves(path):
@@ -62,7 +59,7 @@ def draw_curves(path):
     figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(16, 7), layout="constrained", squeeze=False)
     for axis, (names, title, unit) in zip(axes.flat, panels):
         for name in names:
-            values, label = columns[name], WORDS.get(name.removesuffix("_by_t"))
+            values, label = columns[name], LABELS.get(name.removesuffix("_by_t"))
             if name.endswith("_by_t"):  # the mean of the last tenth of the run, over the bands of time steps
                 last = np.ma.masked_invalid(values[-max(1, len(rows) // 10):])  # a band without a pair has none
                 axis.plot((np.arange(last.shape[1]) + 0.5) / last.shape[1], last.mean(0), ".-", label=label)
@@ -72,9 +69,8 @@ def draw_curves(path):
         axis.set_title(title, fontsize=9)
         axis.set(xlabel="t / T (0: least noise)" if name.endswith("_by_t") else "update", ylabel=unit)
         axis.ticklabel_format(axis="y", useOffset=False)
-        if label or values.ndim > 1:
-            shares = [f"{share} % of the pairs are below" for share in (5, 25, 50, 75, 95)]
-            axis.legend(*[] if label else [shares], fontsize=7)
+        if label:
+            axis.legend(fontsize=7)
     for axis in axes.flat[len(panels):]:
         axis.remove()
     save_figure(figure, os.path.join(os.path.dirname(path), "curves.png"))

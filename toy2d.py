@@ -25,7 +25,6 @@ import operator
 import os
 import threading
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
@@ -34,10 +33,7 @@ from tqdm import tqdm
 
 from common import program
 from loss import ddspo_loss, diffusion_dpo_loss, preference_loss
-from plots import save_figure, try_path
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen must be chosen first)
+from plots import plt, save_figure, try_path
 
 # ---- the world (a) and the data (b)
 
@@ -249,8 +245,6 @@ def run_all(settings, seeds):
 
 # ---- the table and the figure
 
-HEADER = ("| {} | nearest own mode (best 1) | energy distance (best 0) | centre shift (best 0) |\n"
-          "| --- | --- | --- | --- |").format
 SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], [100, 101, 102, 103, 104]  # settings are chosen on seeds that are not reported
 GRID = dict(lr=[2.5e-6, 5e-6, 1e-5, 2e-5], beta=[0.1, 1, 10])
 BETA = 1  # 0.1 is better by about 0.001 in energy distance, a tenth of the spread over seeds
@@ -261,9 +255,12 @@ LR = {  # at N = 2, by `--sweep`: each method's best of GRID
 }
 
 
-def row(name, values):
-    """A line of Markdown: the mean and the standard deviation over seeds of each score; values (seeds, 3)."""
-    return f"| {name} | " + " | ".join(f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in values.T) + " |"
+def print_table(title, rows):
+    """Mean and standard deviation over seeds of each score, as Markdown; rows {name: (seeds, 3)}."""
+    print(f"| {title} | nearest own mode (best 1) | energy distance (best 0) | centre shift (best 0) |")
+    print("| --- | --- | --- | --- |")
+    for name, values in rows.items():
+        print(f"| {name} | " + " | ".join(f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in values.T) + " |")
 
 
 def typical(d_dpo, ddspo):
@@ -286,16 +283,11 @@ def scatter(axis, title, samples, pairs=None):
         axis.plot(*x_0_l[c == k].T, "v", label="losers", markersize=7, **style)
 
 
-def figure_2(source, neighbours, methods, path):
+def figure_2(source, methods, path):
     """Fig. 2 of the paper (one seed) and the table (all seeds)."""
-    common = dict(n=2, source=source, neighbours=neighbours)
-    settings = [dict(objective=None, **common)]
-    settings += [dict(objective=objective, beta=BETA, lr=LR[source][name], **common)
-                 for name, objective in methods.items()]
-    values, results = run_all(settings, SEEDS)
-    print(HEADER(f"N = 2, pairs {source}, {len(SEEDS)} seeds"))
-    for name, of_seeds in zip(["Reference", *methods], values):
-        print(row(name, of_seeds))
+    settings = [dict(how, n=2, source=source, beta=BETA, lr=LR[source][name]) for name, how in methods.items()]
+    values, results = run_all([dict(settings[0], objective=None), *settings], SEEDS)
+    print_table(f"N = 2, pairs {source}, {len(SEEDS)} seeds", dict(zip(["Reference", *methods], values)))
 
     c, rng = torch.arange(K)[:, None].expand(K, 500), torch.Generator().manual_seed(0)
     figure, axes = plt.subplots(1, 5, figsize=(12, 2.7), sharex=True, sharey=True, layout="constrained")
@@ -313,49 +305,47 @@ def figure_2(source, neighbours, methods, path):
 COUNTS, UPDATES = [1, 2, 4, 16, 64], [75, 150, 300, 600, 1200]
 
 
-def choose(neighbours, methods):
+def choose(methods):
     """{(source, N, method): its best setting}, by mean energy distance over TUNING_SEEDS. Tries every lr of GRID, for
     the figure's pairs also every beta, and prints all of it."""
     grid = {}
     for source, n, name in itertools.product(LR, COUNTS, methods):
         if source != "clean" or n == 2:
             betas = GRID["beta"] if (source, n) == ("apart", 2) else [BETA]
-            grid[source, n, name] = [dict(objective=methods[name], n=n, source=source, neighbours=neighbours,
-                                          beta=beta, lr=lr) for beta in betas for lr in GRID["lr"]]
+            grid[source, n, name] = [dict(methods[name], n=n, source=source, beta=beta, lr=lr)
+                                     for beta in betas for lr in GRID["lr"]]
     values = iter(run_all(sum(grid.values(), []), TUNING_SEEDS)[0])
-    print(f"The grid, {len(TUNING_SEEDS)} other seeds:\n" + HEADER("pairs, N, method, beta, lr"))
-    best = {}
+    best, rows = {}, {}
     for (source, n, name), settings in grid.items():
         tried = [next(values) for _ in settings]  # (seeds, 3) each
         first = np.argmin([of_seeds[:, 1].mean() for of_seeds in tried])
         best[source, n, name] = settings[first]
         for i, (setting, of_seeds) in enumerate(zip(settings, tried)):
             mark = " (best)" if i == first else ""
-            print(row(f"{source}, {n}, {name}, {setting['beta']:g}, {setting['lr']:g}{mark}", of_seeds))
+            rows[f"{source}, {n}, {name}, {setting['beta']:g}, {setting['lr']:g}{mark}"] = of_seeds
+    print(f"The grid, {len(TUNING_SEEDS)} other seeds:")
+    print_table("pairs, N, method, beta, lr", rows)
     return best
 
 
-def sweep(neighbours, methods, path):
+def sweep(methods, path):
     """Each method at its best against N, and both against the number of updates, at DDSPO's best for N = 2."""
-    lines = choose(neighbours, methods)  # {(source, what changes, method): setting}
+    lines = choose(methods)  # {(source, what changes, method): setting}
     for source, updates, name in itertools.product(["apart", "shared-noise"], UPDATES, methods):
-        lines[source, f"{updates} updates", name] = (
-            lines[source, 2, "DDSPO"] | dict(objective=methods[name], updates=updates))
+        lines[source, f"{updates} updates", name] = lines[source, 2, "DDSPO"] | methods[name] | dict(updates=updates)
     values, results = run_all([*lines.values(), dict(objective=None)], SEEDS)
-    result = dict(zip(lines, values))
-    print(f"\nEach method at its best, and after other numbers of updates, {len(SEEDS)} seeds:\n"
-          + HEADER("pairs, N (or updates at N = 2), method, beta, lr"))
-    print(row("Reference", values[-1]))
-    for (source, change, name), setting in lines.items():
-        print(row(f"{source}, {change}, {name}, {setting['beta']:g}, {setting['lr']:g}", result[source, change, name]))
+    result = dict(zip([*lines, "Reference"], values))
+    rows = {"Reference": result["Reference"]}
+    for (source, change, name), how in lines.items():
+        rows[f"{source}, {change}, {name}, {how['beta']:g}, {how['lr']:g}"] = result[source, change, name]
+    print(f"\nEach method at its best, and after other numbers of updates, {len(SEEDS)} seeds:")
+    print_table("pairs, N (or updates at N = 2), method, beta, lr", rows)
 
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     after = [f"{updates} updates" for updates in UPDATES]
     draw_lines(axes[0], result, COUNTS, COUNTS, 0, "pairs per class N", "share nearest own mode")
     draw_lines(axes[1], result, COUNTS, COUNTS, 1, "pairs per class N", "energy distance to the truth")
     draw_lines(axes[2], result, UPDATES, after, 1, "updates at N = 2, DDSPO's setting", "energy distance to the truth")
-    for axis, score in zip(axes, [0, 1, 1]):
-        axis.axhline(values[-1][:, score].mean(), color="grey", linestyle=":", label="Reference")
     axes[0].legend(fontsize=7)
     seed = typical(result["apart", 2, "D-DPO"], result["apart", 2, "DDSPO"])
     scatter(axes[3], "D-DPO at DDSPO's setting", *results[seed][list(lines).index(("apart", "300 updates", "D-DPO"))])
@@ -371,6 +361,7 @@ def draw_lines(axis, result, xs, changes, score, xlabel, ylabel):
                       color="C3" if name == "D-DPO" else "C0", linestyle="-" if source == "apart" else "--")
     axis.set(xscale="log", xticks=xs, xticklabels=xs, xlabel=xlabel, ylabel=ylabel)
     axis.minorticks_off()
+    axis.axhline(result["Reference"][:, score].mean(), color="grey", linestyle=":", label="Reference")
 
 
 @program
@@ -389,11 +380,13 @@ def main(argv=None):
         parser.error("--sweep compares the sources of pairs: leave out --pairs.")
     path = args.out or ("figures/toy2d_sweep.png" if args.sweep else "figures/toy2d.png")
     try_path(path)
-    methods = {"D-DPO": "diffusion-dpo", "DDSPO": "ddspo" if args.policies == "reference" else "exact"}
+    ddspo = "ddspo" if args.policies == "reference" else "exact"
+    methods = {"D-DPO": dict(objective="diffusion-dpo", neighbours=args.neighbours),
+               "DDSPO": dict(objective=ddspo, neighbours=args.neighbours)}
     if args.sweep:
-        sweep(args.neighbours, methods, path)
+        sweep(methods, path)
     else:
-        figure_2(args.pairs or "apart", args.neighbours, methods, path)
+        figure_2(args.pairs or "apart", methods, path)
 
 
 if __name__ == "__main__":

@@ -23,27 +23,20 @@ import argparse
 import functools
 import itertools
 
-import matplotlib
 import numpy as np
 import torch
 
 import toy2d
 from common import program
-from plots import save_figure, try_path
+from plots import plt, save_figure, try_path
 from toy2d import K, T
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen must be chosen first)
-
 # ---- the direction that an objective asks for, and the right one
-
-WINNER, LOSER = 0, 1
 
 
 def asked(objective, ref, pairs, x_t, t, c, sides):
     """What the pairs of class c ask for at x_t (B, 2), t and c (B,): the mean d (B, 2), and the mean square of the rest
-    (B,). x_t comes from a winner, sides [WINNER], from a loser, [LOSER], or from either, [WINNER, LOSER].
-    """
+    (B,). x_t comes from a winner, sides [0], from a loser, [1], or from either, [0, 1]."""
     x_0_w, x_0_l, _, c_minus = (x.unflatten(0, (-1, K))[:, c] for x in pairs)  # (N, B, 2), c_minus (N, B)
     x_0 = torch.stack([x_0_w, x_0_l])  # (2, N, B, 2)
     eps = (x_t - toy2d.ALPHA[t][:, None] * x_0) / toy2d.SIGMA[t][:, None]  # the noise that leads from x_0 to x_t
@@ -70,10 +63,10 @@ def measure(seed, source, n, objective, side_known):
         pick, eps = torch.randint(n * K, (512,), generator=rng), torch.randn(512, 2, generator=rng)
         x_0_w, x_0_l, c, _ = (x[pick] for x in pairs)
         t, terms = torch.full_like(pick, step), []
-        for side, x_0 in ((WINNER, x_0_w), (LOSER, x_0_l)):
+        for side, x_0 in enumerate((x_0_w, x_0_l)):
             x_t = toy2d.noise(x_0, t, eps)
             r = toy2d.eps_exact(x_t, t, c, **toy2d.CLEAN) - ref(x_t, t, c)
-            d, rest = asked(objective, ref, pairs, x_t, t, c, [side] if side_known else [WINNER, LOSER])
+            d, rest = asked(objective, ref, pairs, x_t, t, c, [side] if side_known else [0, 1])
             terms.append(torch.stack([(d * r).sum(1), d.square().sum(1), r.square().sum(1), rest], 1))  # (512, 4)
         means.append(torch.cat(terms).mean(0))
     return torch.stack(means).numpy()
@@ -138,9 +131,9 @@ def print_bands():
     settings = [dict(objective=OBJECTIVES[name], source=source, beta=toy2d.BETA, lr=toy2d.LR[source]["DDSPO"],
                      times=band) for source, name, band in lines]
     values, _ = toy2d.run_all(settings, toy2d.SEEDS)
-    print("\n" + toy2d.HEADER(f"N = 2, {len(toy2d.SEEDS)} seeds, t from a band only"))
-    for (source, name, (low, high)), of_seeds in zip(lines, values):
-        print(toy2d.row(f"{source}, {name}, t from {low} to {high - 1}", of_seeds))
+    names = [f"{source}, {name}, t from {low} to {high - 1}" for source, name, (low, high) in lines]
+    print()
+    toy2d.print_table(f"N = 2, {len(toy2d.SEEDS)} seeds, t from a band only", dict(zip(names, values)))
 
 
 @program

@@ -111,23 +111,24 @@ def clock(device):
 def take_turns(ways, device, turns, seconds=0):
     """Times the ways, {name: function}, in turns, each of which begins with another way: at least so many turns, and
     about so many seconds for each way. Returns the seconds that they took, {name: (turns,)}."""
-    times, turn, end = {name: [] for name in ways}, 0, time.perf_counter() + seconds * len(ways)
-    while turn <= turns or time.perf_counter() < end:
-        first = turn % len(ways)
-        for name in [*ways][first:] + [*ways][:first]:
+    times, order, end = {name: [] for name in ways}, list(ways), time.perf_counter() + seconds * len(ways)
+    while len(times["plain"]) <= turns or time.perf_counter() < end:
+        for name in order:
             began = clock(device)
             ways[name]()
             times[name].append(clock(device) - began)
-        turn += 1
+        order = order[1:] + order[:1]
     return {name: np.array(found[1:]) for name, found in times.items()}  # the first turn only warms up
 
 
-def report(model, times, pairs, flops, peak):
-    """Prints a row for each way, from the seconds that it took for so many pairs and the arithmetic of one pair."""
+def report(model, times, pairs, flops, peak, how):
+    """Prints a row for each way, from the seconds that it took for so many pairs and the arithmetic of one pair, and a
+    row that says how this was measured."""
     for way, seconds in times.items():
         rate, ratios = pairs / np.median(seconds), times["plain"] / seconds
         print(f"| {model}, {way} | {rate:.3g} | {np.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) | "
               f"{rate * flops / peak:.0%} |")
+    print(f"| {model}: {len(seconds)} turns, {how} | | | |", flush=True)
 
 
 def pass_flops(model, net):
@@ -265,9 +266,8 @@ def time_model(name, args, device, peak):
         print(f"| {name}: {wrong}: not timed | | | |", flush=True)
         return False
     times = take_turns({arm: functools.partial(update, work, arm) for arm in work.arms}, device, 3, args.seconds)
-    report(name, times, work.size * work.parts, work.flops, peak)
-    print(f"| {name}: {len(times['ours'])} turns, updates of {work.parts} x {work.size} pairs, "
-          f"{work.flops / 1e12:.4g} TFLOP a pair, {args.precision} | | | |", flush=True)
+    report(name, times, work.size * work.parts, work.flops, peak, f"updates of {work.parts} x {work.size} pairs, "
+           f"{work.flops / 1e12:.4g} TFLOP a pair, {args.precision}")
     return True
 
 
@@ -320,9 +320,8 @@ def pairs(args, device):
     flops = 4 * settings.steps * pass_flops(model, model.net)  # two images, each with and without its prompt
     print(HEADER)
     times = take_turns(ways, device, args.turns)
-    report(args.model, times, args.pairs, flops, matmul_peak(device, precision))
-    print(f"| {args.model}: {args.turns} turns, {settings.steps} steps, batches of {args.batch_size} pairs, latents "
-          f"agree to {worst:.1g}, {precision} | | | |")
+    report(args.model, times, args.pairs, flops, matmul_peak(device, precision), f"{settings.steps} steps, batches of "
+           f"{args.batch_size} pairs, latents agree to {worst:.1g}, {precision}")
 
 
 @program
@@ -344,8 +343,7 @@ def main(argv=None):
     of_pairs.add_argument("--steps", type=at_least(1), help="sampling steps (default: the model's)")
     of_pairs.add_argument("--batch-size", type=at_least(1), default=16, help="pairs at once, ours")
     for command in (of_step, of_pairs):
-        command.add_argument("--compile", action="store_true", help="on a GPU: step times one more arm, pairs compiles "
-                             "the network of both ways")
+        command.add_argument("--compile", action="store_true", help="on a GPU: one more arm of step, both ways of pairs")
     args = parser.parse_args(argv)
     args.run(args, choose_device(args))
 

@@ -406,7 +406,7 @@ def as_torchrun(world, function):
 
 def test_three_processes_write_what_one_writes(llm):
     def process(rank):
-        real = perturb.write_file
+        real = common.write_file
         mine = [f"three.jsonl.parts/part-{k:05d}.jsonl" for k in range(rank, 7, 3)]
         own = ["three.jsonl", "three.jsonl.rejected.jsonl", "three.jsonl.parts/settings.json"] if rank == 0 else []
 
@@ -415,7 +415,7 @@ def test_three_processes_write_what_one_writes(llm):
             time.sleep(0.1 * rank)  # the first one has to wait for the others
             real(path, text)
 
-        perturb.write_file = write_file
+        common.write_file = write_file
         perturb.main(["p.txt", "three.jsonl", "--strategy", "llama-aesthetic", "--llm", "tiny", "--attempts", "2"])
 
     codes, said = in_children(*as_torchrun(3, process))
@@ -490,8 +490,8 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_stays(llm):
 
 def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
     def stopped():
-        write_file = perturb.write_file
-        perturb.write_file = lambda path, text: os._exit(9) if path.endswith("part-00002.jsonl") else write_file(path, text)
+        write_file = common.write_file
+        common.write_file = lambda path, text: os._exit(9) if path.endswith("part-00002.jsonl") else write_file(path, text)
         llm("out.jsonl")
 
     assert in_children(stopped)[0] == [9]
