@@ -377,7 +377,7 @@ def main(argv=None):
         draw_images(folders, seeds[0], name + ".png")
         if args.full:
             other = {seed: compare_variants(homes[seed], seed, runs[seed]) for seed in seeds[:2]}  # an hour a seed
-            text += table_at_best(runs) + "\n" + table_of_variants(other)
+            text += "\n" + table_at_best(runs) + "\n" + table_of_variants(other)
             draw_front(runs, name + "-front.png")
             draw_few_pairs(other, name + "-pairs.png")
         write_file(os.path.join(home, "table.md"), text + "\n")
