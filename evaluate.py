@@ -274,25 +274,31 @@ def begin(job):
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(f"{job.name} needs {error.name}: pip install -r requirements-eval.txt") from None
     note_scores(job.folder, job.settings, job.bench, dict(judge=WEIGHTS[job.name]) | versions)
-    with ThreadPoolExecutor(THREADS) as pool:
-        sums = pool.map(lambda row: checksum(os.path.join(job.run, row["path"]))[:16], job.rows)
-        job.sums = {row["path"]: image for row, image in zip(job.rows, sums)}
     if job.name == "coco":
-        job.images = hashlib.sha256("".join(job.sums.values()).encode()).hexdigest()
+        sums = checksums(job.run, [row["path"] for row in job.rows])
+        job.images = hashlib.sha256("".join(sums).encode()).hexdigest()
         job.rows = [] if read_coco(job.run).get("images") == job.images else job.rows
     else:
         found = read_scores(job.run, job.name)
-        job.done = {path: row for path, row in found.items() if row.get("image") == job.sums.get(path, "")}
+        job.done = {path: row for (path, row), image in zip(found.items(), checksums(job.run, found))
+                    if row.get("image") == image}
         job.rows = [row for row in job.rows if row["path"] not in job.done]
         if len(job.done) < len(found):
             print(f"images in {job.run} that have changed since {job.name} judged them, and are judged again: "
                   f"{len(found) - len(job.done)}")
 
 
+def checksums(run, paths):
+    """Of images in a run."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [found[:16] for found in pool.map(checksum, [os.path.join(run, path) for path in paths])]
+
+
 def judged(job, device, args):
     """Yields (row, what the judge found) for each image. Threads open a batch while the one before it is judged."""
     def read(row):
-        return open_image(os.path.join(job.run, row["path"]), 256 if job.name == "coco" else job.settings["pixels"])
+        path = os.path.join(job.run, row["path"])
+        return open_image(path, 256 if job.name == "coco" else job.settings["pixels"]), checksum(path)[:16]
 
     judge = job.load(device, args.data)
     batches = [job.rows[i:i + args.batch_size] for i in range(0, len(job.rows), args.batch_size)]
@@ -300,7 +306,8 @@ def judged(job, device, args):
         coming = pool.map(read, batches[0])
         for batch, following in zip(tqdm(batches, f"score {job.run}: {job.name}"), [*batches[1:], ()]):
             images, coming = list(coming), pool.map(read, following)
-            yield from zip(batch, judge(batch, images))
+            for row, found, (_, image) in zip(batch, judge(batch, [image for image, _ in images]), images):
+                yield row, found | dict(image=image)
 
 
 def write_scores(job, device, args):
@@ -313,7 +320,7 @@ def write_scores(job, device, args):
     with open(job.folder + ".jsonl", "a", encoding="utf-8") as file:
         for row, found in judged(job, device, args):
             kept = {key: row[key] for key in ("path", "prompt", "group", "index", "kind") if key in row}
-            file.write(to_lines([kept | found | dict(image=job.sums[row["path"]])]))
+            file.write(to_lines([kept | found]))
             file.flush()
 
 
