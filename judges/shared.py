@@ -152,10 +152,7 @@ def per_prompt(rows, key="value"):
 def interval(groups):
     """The mean over groups of their means, with its 95 % interval from resampling each group's prompts.
 
-    `groups` {group: (prompts,)}. Seeds are groups too. For a paired difference give the differences of prompts. FID and
-    IS are numbers, which have no interval."""
-    if not isinstance(groups, dict):
-        return dict(mean=groups)
+    `groups` {group: (prompts,)}. Seeds are groups too. For a paired difference give the differences of prompts."""
     rng = np.random.default_rng(0)
     means = [values[rng.integers(len(values), size=(1000, len(values)))].mean(1) for values in groups.values()]
     low, high = np.percentile(np.mean(means, 0), [2.5, 97.5])

@@ -178,6 +178,11 @@ def collect(run, benchmarks):
     return found | {key: value for key, value in read_coco(run).items() if key != "images"}
 
 
+def cell(value):
+    """What the table's JSON file holds of a metric's value. FID and IS are numbers, which have no interval."""
+    return interval(value) if isinstance(value, dict) else dict(mean=value)
+
+
 def compare(run, first, found, settings, judges):
     """({metric: run less first, prompt by prompt}, remarks on what is not the same in both)."""
     other = [key for key in FIXED[1:] if settings[run][key] != settings[first][key]]
@@ -210,7 +215,7 @@ def make_table(runs, benchmarks):
                 if os.path.exists(os.path.join(folder, "settings.json")):
                     judges[run][name] = note_scores(folder, settings[run], bench)
         found[run] = collect(run, benchmarks)
-        rows[run] = {metric: interval(value) for metric, value in found[run].items()}
+        rows[run] = {metric: cell(value) for metric, value in found[run].items()}
         rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in found[run] if ":" not in metric}
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
     if not any(found.values()):
@@ -219,7 +224,7 @@ def make_table(runs, benchmarks):
         paired, more = compare(run, runs[0], found, settings, judges)
         remarks += more
         if paired:
-            rows[f"{run} − {runs[0]}"] = {metric: interval(value) for metric, value in paired.items()}
+            rows[f"{run} − {runs[0]}"] = {metric: cell(value) for metric, value in paired.items()}
     remarks += [f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
                                        if value is not None and key != "lists") for run in runs]
     paper = {f"paper, Table {number}: {row}": {  # the paper's GenEval is by the lenient rule
