@@ -262,9 +262,7 @@ def main(argv=None):
             parts = micro_batches(store, model, args, mine, device)
             for k, part in zip(range(0, len(mine), args.micro_batch), parts):
                 if k < args.batch_size // world and any_process(signals.came):  # all processes have this micro-batch
-                    if update > 0:
-                        save(update)  # the weights are still those after it
-                    raise UserError(f"stopped by a signal after update {update}: run the same command again to go on.")
+                    stop(save, update)  # the weights are still those after it
                 with precision(device, args.precision):
                     loss, info = step_loss(model, policies, *part, args.objective, args.beta, args.side)  # (B,)
                 scaler.scale(loss.sum() / share).backward()
@@ -363,6 +361,13 @@ def handle_signals(stack):
     for number in (signal.SIGTERM, signal.SIGINT):
         stack.callback(signal.signal, number, signal.signal(number, handle))  # at the end it is handled as before
     return signals
+
+
+def stop(save, update):
+    """Ends the run on a signal, with the last whole update saved."""
+    if update > 0:
+        save(update)
+    raise UserError(f"stopped by a signal after update {update}: run the same command again to go on.")
 
 
 def check_update(args, store, update, batch, columns, norm, floor, scaler):
