@@ -18,7 +18,6 @@ import json
 import os
 import textwrap
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,9 +46,7 @@ from judges import shapes as world
 from judges.fid import frechet
 from judges.shared import interval
 from pairs import PairStore
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from plots import plt
 
 # ---- the experiment, by the commands that a user would give
 
@@ -114,6 +111,11 @@ def score(path, name, seed, guidance, batch=100):
     return read_json(path)
 
 
+def scores(place, name, folder, seed, guidances):
+    """{guidance: what `score` gives} of a model, kept in the folder `place`."""
+    return {g: score(os.path.join(place, f"{name}-guidance{g:g}.json"), folder, seed, g) for g in sorted(guidances)}
+
+
 def scored_prompts(seed):
     """The prompts that a seed's models are scored on, a quarter with held-out combinations."""
     return world.make_prompts([seed, 2], PROMPTS, held_out_share=0.25)
@@ -141,8 +143,7 @@ def experiment(home, seed, pairs, methods, guidances, curve=()):
     """One seed: {model: {guidance: scores}}; over the curve only the models that have a BEST_GUIDANCE."""
     store = make_pairs(home, perturbed(home, seed, pairs), seed)
     folders = {"Reference": "shapes"} | {method: train_method(home, method, store, seed) for method in methods}
-    return {name: {g: score(os.path.join(home, f"{name}-guidance{g:g}.json"), folder, seed, g)
-                   for g in sorted({*guidances, *(curve if name in BEST_GUIDANCE else ())})}
+    return {name: scores(home, name, folder, seed, {*guidances, *(curve if name in BEST_GUIDANCE else ())})
             for name, folder in folders.items()}
 
 
@@ -200,8 +201,7 @@ def compare_variants(home, seed, whole):
     for name, store in variants(home, seed).items():
         place = os.path.dirname(store)
         folders = {method: train_method(place, method, store, seed) for method in SETTINGS}
-        results[name] = {method: {g: score(os.path.join(place, f"{method}-guidance{g:g}.json"), folder, seed, g)
-                                  for g in (1, GUIDANCE)}
+        results[name] = {method: scores(place, method, folder, seed, (1, GUIDANCE))
                          for method, folder in folders.items()}
     return results
 
@@ -214,7 +214,7 @@ def grid(home):
     right. For each method's best setting, by the share at GUIDANCE in per cent and then by that at 1, it prints
     CURVE."""
     def share(place, name, folder, g):
-        return np.mean(score(os.path.join(place, f"{name}-guidance{g:g}.json"), folder, GRID_SEED, g)["correct"])
+        return np.mean(scores(place, name, folder, GRID_SEED, [g])[g]["correct"])
 
     store = make_pairs(home, perturbed(home, GRID_SEED, FULL_PAIRS), GRID_SEED)
     lines, best = [], {"Reference": ((), home, "shapes")}  # the two shares, and where the scores and the model are
@@ -376,7 +376,7 @@ def main(argv=None):
         folders = {"Reference": "shapes"} | {m: os.path.join(homes[seeds[0]], m, "pipeline") for m in methods}
         draw_images(folders, seeds[0], name + ".png")
         if args.full:
-            other = {seed: compare_variants(homes[seed], seed, runs[seed]) for seed in seeds[:2]}  # an hour a seed
+            other = {seed: compare_variants(homes[seed], seed, runs[seed]) for seed in seeds}
             text += "\n" + table_at_best(runs) + "\n" + table_of_variants(other)
             draw_front(runs, name + "-front.png")
             draw_few_pairs(other, name + "-pairs.png")
