@@ -20,6 +20,7 @@ import importlib.metadata
 import io
 import json
 import os
+import shlex
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -173,7 +174,7 @@ def generate(args):
             write_images(bench, rows[bench], model, args, rank, world)
     if rank == 0:
         print(f"{args.out} holds " + ", ".join(f"{len(rows[bench])} images of {bench}" for bench in rows)
-              + f". Next:\npython evaluate.py score {args.out}")
+              + ". Next:\n" + shlex.join(["python", "evaluate.py", "score", args.out]))
 
 
 def write_images(bench, rows, model, args, rank, world):
@@ -233,7 +234,7 @@ def score(args):
             print(f"{job.run}: {in_a_line(job.run, job.name)}")
     if rank == 0:
         print(f"wrote {', '.join(os.path.join(run, 'scores') for run in runs)}. Next:\n"
-              f"python evaluate.py table {' '.join(runs)}")
+              + shlex.join(["python", "evaluate.py", "table", *runs]))
 
 
 def find_jobs(run, args):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 import shutil
 import socket
 import sys
@@ -197,7 +198,7 @@ def finish(args, model, rank):
     if args.objective == "sft":
         print("next, when both sides are trained:  torchrun train.py with both results as --winner and --loser")
     else:
-        print(f"next:  python evaluate.py grid --models {args.model} {result} --prompts prompts.txt")
+        print(f"next:  python evaluate.py grid --models {shlex.join([args.model, result])} --prompts prompts.txt")
 
 
 # ---- the log

@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import textwrap
 
 import numpy as np
@@ -66,7 +67,7 @@ STEPS = 25  # of sampling
 def command(script, *flags):
     """Runs a program of this repository as from the command line."""
     flags = [str(flag) for flag in flags]
-    print(f"\n$ python {script.__name__}.py " + " ".join(flags))
+    print("\n$ " + shlex.join(["python", f"{script.__name__}.py", *flags]))
     script.main(flags)
 
 

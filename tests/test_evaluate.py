@@ -606,49 +606,49 @@ def test_paired_differences_need_the_same_seeds_and_prompts(world, sd, judges, c
 
 def test_images_that_were_made_elsewhere_are_scored_too(world, sd, capsys):
     """In the official layout: half of these images show what they should."""
-    rows, run = evaluate.list_images("shapes", str(world / "data")), world / "foreign"
+    rows, run = evaluate.list_images("shapes", str(world / "data")), world / "foreign images"
     with pytest.raises(SystemExit, match="settings.json: it does not exist, .* or --foreign"):
-        score(world, "foreign")
+        score(world, "foreign images")
     for k, row in enumerate(rows):
         os.makedirs(os.path.dirname(run / row["path"]), exist_ok=True)
         image = shapes.render(shapes.make_scene(np.random.default_rng(k), row["metadata"])) if k % 2 else np.zeros((32, 32, 3), np.uint8)
         Image.fromarray(image).save(run / row["path"])
-    score(world, "foreign", flags=["--foreign"])
+    score(world, "foreign images", flags=["--foreign"])
     found = [json.loads(line)["correct"] for line in open(run / "scores" / "shapes.jsonl")]
     assert found == [bool(k % 2) for k in range(4)]
     said = capsys.readouterr().out
-    assert f"{run}: shapes 0.5000 [" in said and said.endswith(f"wrote {run}/scores. Next:\npython evaluate.py table {run}\n")
+    assert f"{run}: shapes 0.5000 [" in said and said.endswith(f"wrote {run}/scores. Next:\npython evaluate.py table '{run}'\n")
     settings = json.loads((run / "settings.json").read_text())
     assert {settings[key] for key in (*evaluate.FIXED, "model", "base")} == {"unknown"} and settings["lists"].keys() == {"shapes"}
-    score(world, "foreign")  # from now on the folder is known
-    with pytest.raises(SystemExit, match="foreign was begun with .*fingerprint"):
-        generate(world, sd, "foreign", "--bench", "shapes")
+    score(world, "foreign images")  # from now on the folder is known
+    with pytest.raises(SystemExit, match="foreign images was begun with .*fingerprint"):
+        generate(world, sd, "foreign images", "--bench", "shapes")
     Image.new("RGB", (64, 32)).save(run / rows[0]["path"])
     with pytest.raises(SystemExit, match=r"shapes benchmark needs images of 32 x 32 pixels, not \(64, 32\)"):
-        score(world, "foreign")
+        score(world, "foreign images")
     generate(world, sd, "own", "--bench", "shapes")
     with pytest.raises(SystemExit, match="--foreign: the images in .*own were made by evaluate.py generate"):
         score(world, "own", flags=["--foreign"])
 
 
 def test_an_image_of_another_size_is_refused_and_a_changed_one_is_judged_again(world, sd, judges, capsys):
-    generate(world, sd, "run", "--bench", "pick")
-    assert capsys.readouterr().out.endswith(f"run holds 4 images of pick. Next:\npython evaluate.py score {world / 'run'}\n")
-    score(world, "run")
-    path, scores = world / "run" / "pick" / "images" / "00002.jpg", world / "run" / "scores" / "pick.jsonl"
+    generate(world, sd, "a run", "--bench", "pick")
+    assert capsys.readouterr().out.endswith(f"run holds 4 images of pick. Next:\npython evaluate.py score '{world / 'a run'}'\n")
+    score(world, "a run")
+    path, scores = world / "a run" / "pick" / "images" / "00002.jpg", world / "a run" / "scores" / "pick.jsonl"
     first = [json.loads(line) for line in open(scores)]
     before = path.read_bytes()
     Image.new("RGB", (64, 64), "red").save(path)
-    score(world, "run")
+    score(world, "a run")
     assert "since pick judged them, and are judged again: 1\n" in capsys.readouterr().out
     second = {row["path"]: row for row in map(json.loads, open(scores))}
     changed = [row["path"] for row in first if second[row["path"]]["value"] != row["value"]]
     assert changed == ["pick/images/00002.jpg"] and len(second) == 4
     Image.new("RGB", (64, 32), "red").save(path)
     with pytest.raises(SystemExit, match=r"00002.jpg \(it has 64 x 32 pixels, not 64 x 64\): delete it"):
-        score(world, "run")
+        score(world, "a run")
     path.write_bytes(before)
-    score(world, "run")
+    score(world, "a run")
     third = {row["path"]: row for row in map(json.loads, open(scores))}
     assert all(third[row["path"]] == row | dict(value=pytest.approx(row["value"], abs=1e-4)) for row in first)
 

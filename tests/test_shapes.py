@@ -124,6 +124,14 @@ def test_the_reference_is_written_in_half_precision_with_its_making(reference):
     assert model.latent_shape == (4, 8, 8) and model.net.dtype == torch.float32
 
 
+def test_a_command_is_printed_as_a_shell_would_read_it(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(shapes.train, "main", given.extend)
+    shapes.command(shapes.train, "--out", "runs/16 pairs, losers of other noise", "--beta", 1000)
+    assert capsys.readouterr().out.splitlines()[1] == "$ python train.py --out 'runs/16 pairs, losers of other noise' --beta 1000"
+    assert given == ["--out", "runs/16 pairs, losers of other noise", "--beta", "1000"]
+
+
 @pytest.mark.slow
 def test_the_experiment_runs_and_goes_on_where_it_was_stopped(small, capsys):
     shapes.main([])

@@ -485,7 +485,7 @@ def test_a_picture_that_could_not_be_drawn_does_not_cost_the_result_and_is_drawn
     def fail(*_):
         raise OSError("No space left on device")
 
-    out = shutil.copytree(straight[0], tmp_path / "run")
+    out = shutil.copytree(straight[0], tmp_path / "a run")
     for name in ("curves.png", "pipeline/unet/diffusion_pytorch_model.safetensors"):
         os.remove(out / name)
     with monkeypatch.context() as patch:
@@ -496,7 +496,7 @@ def test_a_picture_that_could_not_be_drawn_does_not_cost_the_result_and_is_drawn
         assert same(run(sd, pairs, out, "--updates", 6), straight[1])
     captured = capsys.readouterr()
     assert "curves.png was not drawn" in captured.err and not (out / "curves.png").exists()
-    assert f"next:  python evaluate.py grid --models {sd} {out / 'pipeline'} --prompts" in captured.out
+    assert f"next:  python evaluate.py grid --models {sd} '{out / 'pipeline'}' --prompts" in captured.out
     run(sd, pairs, out, "--updates", 7)
     assert (out / "curves.png").exists() and read_log(out)[-1]["update"] == 7
 
