@@ -167,9 +167,10 @@ def announce(args, model, store, update, floor, world):
     if too_long:
         print(f"note: the model reads {too_long} of {len(prompts)} prompts not to their end", file=sys.stderr)
     if pairs < args.batch_size:
+        advice = (" For few pairs, shapes.py's batch and updates and twice the paper's rate are a start (guess): "
+                  "--batch-size 64 --updates 80 --lr 1e-05 --warmup 0") if args.batch_size > 64 else ""
         print(f"note: {pairs} pairs are fewer than a batch: an update sees each {args.batch_size / pairs:.3g} times, "
-              "with another t and noise each time. For few pairs, shapes.py's batch and updates and twice the paper's "
-              "rate are a start (guess): --batch-size 64 --updates 80 --lr 1e-05 --warmup 0", file=sys.stderr)
+              f"with another t and noise each time.{advice}", file=sys.stderr)
     if floor is not None:
         print(f"rounding in {args.precision} lowers each logit by about {floor:.2g}")
         if floor > 0.05:

@@ -127,9 +127,12 @@ def test_inspect_says_all_that_is_wrong_at_once_and_passes_a_good_store(sd, pair
 
 
 def test_fewer_pairs_than_a_batch_are_seen_again_with_other_noise(sd, pairs, tmp_path, capsys):
-    run(sd, pairs, tmp_path, "--updates", 1, "--batch-size", 25)
-    assert "10 pairs are fewer than a batch: an update sees each 2.5 times" in capsys.readouterr().err
-    assert sum(read_log(tmp_path)[0]["pairs_by_t"]) == 25
+    for size, times in ((25, "2.5"), (65, "6.5")):
+        run(sd, pairs, tmp_path / times, "--updates", 1, "--batch-size", size)
+        said = capsys.readouterr().err
+        assert f"10 pairs are fewer than a batch: an update sees each {times} times" in said
+        assert ("--batch-size 64 --updates 80" in said) == (size > 64)
+        assert sum(read_log(tmp_path / times)[0]["pairs_by_t"]) == size
 
 
 def test_pairs_of_images_without_c_minus_are_not_for_equation_7(sd, pairs, tmp_path):

@@ -132,6 +132,11 @@ def test_a_command_is_printed_as_a_shell_would_read_it(monkeypatch, capsys):
     assert given == ["--out", "runs/16 pairs, losers of other noise", "--beta", "1000"]
 
 
+def test_the_prompts_of_the_readme_are_those_that_shapes_py_makes_its_pairs_of():
+    with open(os.path.join(os.path.dirname(__file__), "prompts.txt"), encoding="utf-8") as file:
+        assert file.read().splitlines() == [p["caption"] for p in world.make_prompts([shapes.SEEDS[0], 1], shapes.QUICK_PAIRS)]
+
+
 @pytest.mark.slow
 def test_the_experiment_runs_and_goes_on_where_it_was_stopped(small, capsys):
     shapes.main([])
