@@ -23,7 +23,6 @@ class UserError(ValueError):
 
 
 AGAIN = "The same command goes on from what was written, or begins anew where nothing was."
-TORCH_CANNOT_WRITE = r"\[enforce fail at inline_container(.|\n)*"
 
 
 def program(main):
@@ -44,11 +43,8 @@ def program(main):
         except torch.OutOfMemoryError as error:
             message = ("out of memory: give a smaller --batch-size, or to train.py a smaller --micro-batch, "
                        f"--checkpointing, --lora-rank or --fsdp. {error}")
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search(TORCH_CANNOT_WRITE, str(error)):
-                raise
-            text = re.sub(TORCH_CANNOT_WRITE, "torch could not write the whole file: the disk may be full", str(error))
-            message = (f"cannot read or write: {text}. What was written before is kept: run the same command again "
+        except (OSError, SafetensorError) as error:
+            message = (f"cannot read or write: {error}. What was written before is kept: run the same command again "
                        "when this is solved.")
         except KeyboardInterrupt:
             message = "stopped. " + AGAIN
@@ -70,6 +66,16 @@ def write_file(path, content):
         if os.path.isfile(path + ".partial"):
             os.remove(path + ".partial")
         raise OSError(error.errno, error.strerror, path) from None
+
+
+def save_state(path, state):
+    """torch.save, whole or not at all."""
+    try:
+        torch.save(state, path + ".partial")
+    except RuntimeError as error:  # this is how torch reports a full disk, and it does not name the file
+        os.remove(path + ".partial")
+        raise OSError(f"torch could not write all of {path}: the disk may be full") from error
+    os.replace(path + ".partial", path)
 
 
 def read_json(path):

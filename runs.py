@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import models
 import plots
-from common import UserError, checksum, write_file
+from common import UserError, checksum, save_state, write_file
 
 BANDS = 10  # of time steps, in the log
 FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", "batch_size", "precision", "seed")
@@ -51,13 +51,8 @@ def save_checkpoint(args, identity, net, optimizer, scaler, rank, update):
     """Writes checkpoint-UPDATE.pt and removes all but the newest two. All processes call it."""
     state, optimizer_state = trained_state(args, rank, net, optimizer)
     if rank == 0:
-        path = os.path.join(args.out, f"checkpoint-{update:06d}.pt")
-        try:
-            torch.save(dict(identity=identity, update=update, net=state, optimizer=optimizer_state,
-                            scaler=scaler.state_dict()), path + ".partial")
-        except RuntimeError as error:  # this is how torch reports a full disk
-            raise OSError(f"{path}: {error}") from error
-        os.replace(path + ".partial", path)
+        whole = dict(identity=identity, update=update, net=state, optimizer=optimizer_state, scaler=scaler.state_dict())
+        save_state(os.path.join(args.out, f"checkpoint-{update:06d}.pt"), whole)
         for old in checkpoints(args.out)[2:]:
             os.remove(old)
 

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tqdm import tqdm  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from common import holding, write_file  # noqa: E402
+from common import holding, save_state, write_file  # noqa: E402
 from judges import shapes as world  # noqa: E402
 
 SEED, IMAGES, AUTOENCODER_UPDATES, UPDATES, VALIDATION_PROMPTS = 0, 131072, 4000, 12000, 100
@@ -72,8 +72,7 @@ def fit(net, loss_of_batch, updates, batch, lr, path, check=None, every=500):
             state = dict(update=update + 1, seconds=time.time() - begin,
                          ends=ends + [updates] * (update + 1 == updates),
                          parts=[part.state_dict() for part in (net, optimizer, average)])
-            torch.save(state, path + ".partial")
-            os.replace(path + ".partial", path)
+            save_state(path, state)
             if check:
                 print(f"update {update + 1}, {(time.time() - begin) / 60:.0f} minutes, loss {loss.item():.4f}: "
                       f"{check(average.module.eval())}", flush=True)

@@ -21,8 +21,6 @@ from common import UserError
     (UserError("this flag does not go with that one."), "this flag does not go with that one."),
     (OSError(28, "No space left on device", "pairs/x"), "cannot read or write: .*No space left on device: 'pairs/x'.*same command"),
     (SafetensorError("bad header"), "cannot read or write: bad header"),
-    (OSError("runs/x.pt: [enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598"), "write: runs/x.pt: torch could not write the whole file: the disk may be full. What"),
-    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected\npos"), "write: torch could not write the whole file: the disk may be full. What"),
     (torch.OutOfMemoryError("2 GiB"), "out of memory: give a smaller --batch-size.*--micro-batch.*2 GiB"),
     (KeyboardInterrupt(), "^stopped. The same command goes on from what was written, or begins anew where nothing was.$")])
 def test_a_program_ends_in_a_sentence_where_the_user_can_put_it_right(error, said):
