@@ -196,7 +196,7 @@ def begin_store(args, rows, model):
                          seed=args.seed)
     placed = [row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows)]
     text = common.to_lines(placed)
-    notes = dict(model=args.model, table=hashlib.sha256(text.encode()).hexdigest(),
+    notes = dict(model=args.model, table=common.checksum_of(text),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
     meta, table = os.path.join(args.out, "meta.json"), os.path.join(args.out, "pairs.jsonl")
     begun = read_meta(args.out) if os.path.exists(meta) else None

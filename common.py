@@ -180,6 +180,11 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksum_of(text):
+    """The sha256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def same_settings(path, settings, notes=()):
     """Writes what a folder is made with, and dict(notes) beside it. Raises UserError if the folder was begun with other
     settings, or if other files are in it already."""

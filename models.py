@@ -16,7 +16,6 @@ is least noise.
 """
 
 import glob
-import hashlib
 import inspect
 import json
 import os
@@ -29,7 +28,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from safetensors import SafetensorError
 
-from common import UserError, checksum, read_json
+from common import UserError, checksum, checksum_of, read_json
 from loading import WITHOUT, download, load_part, naming, stored_dtype
 
 PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -292,7 +291,7 @@ def fingerprint(model):
     scheduler = {key: value for key, value in model.pipe.scheduler.config.items() if not key.startswith("_")}
     parts = [*map(checksum, files), type(model.pipe.scheduler).__name__,
              json.dumps(scheduler, sort_keys=True, default=str), str(model.latent_shape)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return checksum_of("\n".join(parts))[:16]
 
 
 # ---- the same for all families

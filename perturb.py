@@ -163,7 +163,7 @@ def rewrite_all(args, prompts):
             common.same_settings(os.path.join(folder, "settings.json"), dict(
                 strategy=args.strategy, perturb_seed=args.seed, llm=args.llm, batch_size=args.batch_size,
                 attempts=args.attempts, part=PART,
-                prompts=hashlib.sha256(json.dumps([instruction, prompts]).encode()).hexdigest()))
+                prompts=common.checksum_of(json.dumps([instruction, prompts]))))
         common.barrier()
         todo = [(k, path) for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)]
         ask = load_llm(args.llm, instruction, args.batch_size, device) if todo else None

@@ -9,7 +9,6 @@ Files appear whole or not at all. A stopped run goes on from its newest undamage
 
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import pickle
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import models
 import plots
-from common import UserError, checksum, save_state, write_file
+from common import UserError, checksum, checksum_of, save_state, write_file
 
 BANDS = 10  # of time steps, in the log
 FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", "batch_size", "precision", "seed")
@@ -74,7 +73,7 @@ def identity_of(args, store, model):
             files[f"other weights of --{role}"] = [*map(checksum, sorted(weights))]
     if args.winner and files["other weights of --winner"] == files["other weights of --loser"]:
         raise UserError(f"--winner {args.winner} and --loser {args.loser} are the same policy: there is no preference.")
-    sums = {name: hashlib.sha256("".join(parts).encode()).hexdigest() for name, parts in files.items()}
+    sums = {name: checksum_of("".join(parts)) for name, parts in files.items()}
     sums["other weights of --model"] = models.fingerprint(model)
     return {name: getattr(args, name) for name in FLAGS} | sums
 

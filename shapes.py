@@ -26,23 +26,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import build_pairs
+import common
 import evaluate
 import models
 import perturb
 import plots
 import shapes_reference
 import train
-from common import (
-    at_least,
-    checksum,
-    holding,
-    program,
-    read_json,
-    read_lines,
-    same_settings,
-    to_lines,
-    write_file,
-)
+from common import at_least, program
 from judges import shapes as world
 from judges.fid import frechet
 from judges.shared import interval
@@ -74,14 +65,14 @@ def command(script, *flags):
 def perturbed(home, seed, pairs, *flags):
     """The rows (c, c_minus) of perturb.py for this seed's training prompts."""
     prompts, out = os.path.join(home, "prompts.txt"), os.path.join(home, "perturbed.jsonl")
-    write_file(prompts, "".join(p["caption"] + "\n" for p in world.make_prompts([seed, 1], pairs)))
+    common.write_file(prompts, "".join(p["caption"] + "\n" for p in world.make_prompts([seed, 1], pairs)))
     command(perturb, prompts, out, "--seed", seed, *flags)
-    return read_lines(out)
+    return common.read_lines(out)
 
 
 def make_pairs(home, rows, seed):
     """A pair store of these rows; its folder."""
-    write_file(os.path.join(home, "rows.jsonl"), to_lines(rows))
+    common.write_file(os.path.join(home, "rows.jsonl"), common.to_lines(rows))
     command(build_pairs, "--model", "shapes", "--prompts", os.path.join(home, "rows.jsonl"), "--out",
             os.path.join(home, "pairs"), "--steps", STEPS, "--guidance", GUIDANCE, "--batch-size", 64,
             "--seed", (seed + 1) * 100_000)
@@ -107,9 +98,10 @@ def score(path, name, seed, guidance, batch=100):
             captions = [p["caption"] for p in prompts[i:i + batch]]
             images += evaluate.sample_images(model, captions, range(i, i + len(captions)), STEPS, guidance)
         found = [world.verdict(world.find_objects(np.array(image)), p) for image, p in zip(images, prompts)]
-        write_file(path, json.dumps(dict(correct=[v["correct"] for v in found], reason=[v["reason"] for v in found],
-                                         frechet=frechet(*moments(model, np.stack(images)), *true_moments(seed)))))
-    return read_json(path)
+        scored = dict(correct=[v["correct"] for v in found], reason=[v["reason"] for v in found],
+                      frechet=frechet(*moments(model, np.stack(images)), *true_moments(seed)))
+        common.write_file(path, json.dumps(scored))
+    return common.read_json(path)
 
 
 def scores(place, name, folder, seed, guidances):
@@ -154,7 +146,7 @@ def experiment(home, seed, pairs, methods, guidances, curve=()):
 def variants(home, seed):
     """{name: the pair store}, from that of a seed's experiment: fewer pairs, losers from other noise, c_minus that lost
     little or much."""
-    whole, rows = os.path.join(home, "pairs"), read_lines(os.path.join(home, "rows.jsonl"))
+    whole, rows = os.path.join(home, "pairs"), common.read_lines(os.path.join(home, "rows.jsonl"))
     home, other = os.path.join(home, "variants"), {}
     for share in (0.2, 0.55):
         folder = os.path.join(home, f"{share:.0%}")
@@ -188,10 +180,10 @@ def select(winners, losers, chosen, out):
         losers = PairStore(losers)
         x_0_w, x_0_l = [PairStore(winners)[i][1] for i in chosen], [losers[i][2] for i in chosen]
         save_file(dict(x_0_w=torch.stack(x_0_w), x_0_l=torch.stack(x_0_l)), shard)
-        write_file(table, to_lines(dict(losers.rows[i], shard=0, row=k) for k, i in enumerate(chosen)))
-        write_file(os.path.join(out + ".partial", "meta.json"), json.dumps(
-            dict(losers.meta, pairs=len(chosen), shard_size=len(chosen), table=checksum(table),
-                 checksums=[checksum(shard)])))
+        common.write_file(table, common.to_lines(dict(losers.rows[i], shard=0, row=k) for k, i in enumerate(chosen)))
+        common.write_file(os.path.join(out + ".partial", "meta.json"), json.dumps(
+            dict(losers.meta, pairs=len(chosen), shard_size=len(chosen), table=common.checksum(table),
+                 checksums=[common.checksum(shard)])))
         os.replace(out + ".partial", out)
     return out
 
@@ -361,10 +353,10 @@ def main(argv=None):
         return shapes_reference.make_reference(args.reference, args.updates)
 
     home = os.path.join("runs", "shapes-full" if args.full else "shapes-grid" if args.grid else "shapes")
-    settings = dict(reference=checksum(os.path.join(REFERENCE, "unet", "diffusion_pytorch_model.safetensors")),
+    settings = dict(reference=common.checksum(os.path.join(REFERENCE, "unet", "diffusion_pytorch_model.safetensors")),
                     settings=json.dumps([SETTINGS, GUIDANCE, UPDATES_OF_TUNING, PROMPTS, QUICK_PAIRS, FULL_PAIRS]))
-    with holding(home):
-        same_settings(os.path.join(home, "settings.json"), settings)
+    with common.holding(home):
+        common.same_settings(os.path.join(home, "settings.json"), settings)
         if args.grid:
             return grid(home)
         seeds, pairs = (SEEDS, FULL_PAIRS) if args.full else (SEEDS[:1], QUICK_PAIRS)
@@ -381,7 +373,7 @@ def main(argv=None):
             text += "\n" + table_at_best(runs) + "\n" + table_of_variants(other)
             draw_front(runs, name + "-front.png")
             draw_few_pairs(other, name + "-pairs.png")
-        write_file(os.path.join(home, "table.md"), text + "\n")
+        common.write_file(os.path.join(home, "table.md"), text + "\n")
         print("\n" + text)
 
 

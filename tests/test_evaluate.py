@@ -134,7 +134,7 @@ def test_images_depend_on_seed_and_place_only(world, sd, monkeypatch):
     os.makedirs(world / "three")
     for rank, share in ((0, 3), (2, 3), (1, 4)):
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "processes", lambda folder, rank=rank: contextlib.nullcontext((rank, 3, torch.device("cpu"))))
+            patch.setattr(evaluate.common, "processes", lambda folder, rank=rank: contextlib.nullcontext((rank, 3, torch.device("cpu"))))
             generate(world, sd, "three", "--bench", "pick", "coco", "--batch-size", "3", "--seed", "5")
         assert len(os.listdir(world / "three" / "pick" / "images")) == share  # batch 0, no batch, batch 1
     one = images(world / "one")
