@@ -129,19 +129,16 @@ def train_reference(seed, updates=1500, batch=256, lr=5e-3):
     return model.requires_grad_(False)
 
 
-def make_pairs(ref, seed, n, source="apart", neighbours="both"):
+def make_pairs(ref, seed, n, source="apart"):
     """n pairs a class, the first n of 64: x_0_w and x_0_l (n K, 2), c and c_minus (n K,).
 
     The reference draws x_0_w given c and x_0_l given c_minus, each from its own x_T (source "apart") or both from the
     same x_T ("shared-noise", what build_pairs.py does); "clean" pairs are the ground truth's. c_minus is one of the two
-    neighbours of c: the first is drawn and then they take turns (neighbours "both"), or each is drawn ("random").
+    neighbours of c: the first is drawn, and then they take turns.
     """
     rng = torch.Generator().manual_seed(2000 + seed)
     c = torch.arange(K).expand(64, K)
-    if neighbours == "both":
-        side = (torch.randint(2, (K,), generator=rng) + torch.arange(64)[:, None]) % 2  # (64, K)
-    else:
-        side = torch.randint(2, (64, K), generator=rng)
+    side = (torch.randint(2, (K,), generator=rng) + torch.arange(64)[:, None]) % 2  # (64, K)
     c_minus = (c + 1 - 2 * side) % K
     if source == "clean":
         x_0_w, x_0_l = draw(c, rng, **CLEAN), draw(c_minus, rng, **CLEAN)  # (64, K, 2)
@@ -206,10 +203,10 @@ def scores(samples):
     return [own.item(), energy.item(), shift.item()]
 
 
-def run(seed, objective, n=2, source="apart", neighbours="both", **setting):
+def run(seed, objective, n=2, source="apart", **setting):
     """One seed's scores, samples and pairs, numpy arrays, after tuning; objective None leaves the reference untuned."""
     ref = train_reference(seed)
-    pairs = make_pairs(ref, seed, n, source, neighbours)
+    pairs = make_pairs(ref, seed, n, source)
     model = tune(ref, pairs, objective, seed, **setting) if objective else ref
     samples = sample_classes(model)
     return scores(samples), samples.numpy(), [x.numpy() for x in pairs]
@@ -372,8 +369,6 @@ def main(argv=None):
                         "(the default) or from one x_T, or are clean: drawn from the ground truth")
     parser.add_argument("--policies", choices=["reference", "exact"], default="reference",
                         help="DDSPO's winning and losing policies: the reference given c and c_minus, or the true ones")
-    parser.add_argument("--neighbours", choices=["both", "random"], default="both",
-                        help="a class's pairs take c_minus from its two neighbours in turn, or at random")
     parser.add_argument("--out", help="the picture (default: figures/toy2d.png or figures/toy2d_sweep.png)")
     args = parser.parse_args(argv)
     if args.sweep and args.pairs:
@@ -381,8 +376,7 @@ def main(argv=None):
     path = args.out or ("figures/toy2d_sweep.png" if args.sweep else "figures/toy2d.png")
     try_path(path)
     ddspo = "ddspo" if args.policies == "reference" else "exact"
-    methods = {"D-DPO": dict(objective="diffusion-dpo", neighbours=args.neighbours),
-               "DDSPO": dict(objective=ddspo, neighbours=args.neighbours)}
+    methods = {"D-DPO": dict(objective="diffusion-dpo"), "DDSPO": dict(objective=ddspo)}
     if args.sweep:
         sweep(methods, path)
     else:
