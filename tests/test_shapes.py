@@ -197,6 +197,47 @@ def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
     assert {row["c_minus"] for row in found["100% removed"].rows} == {""}
 
 
+def test_the_full_experiment_compares_every_method_and_every_variant_on_every_seed(small, monkeypatch):
+    """With the pair stores as they are, but without training: a drawn score for each place where one would be kept."""
+    tuned = set()
+
+    def train_method(home, method, pairs, seed):
+        assert os.path.exists(pairs) and f"seed-{seed}" in pairs
+        tuned.add((os.path.relpath(pairs, f"runs/shapes-full/seed-{seed}"), method, seed))
+        os.makedirs(os.path.join(home, method))
+        os.symlink(shapes.REFERENCE, os.path.join(home, method, "pipeline"))
+        return os.path.join(home, method, "pipeline")
+
+    def score(path, name, seed, guidance):
+        assert f"seed-{seed}" in path and (name == "shapes" or os.path.dirname(os.path.dirname(name)) == os.path.dirname(path))
+        return dict(correct=(np.random.default_rng(list(path.encode())).random(20) < 0.5).tolist(), frechet=1.0)
+
+    for name, value in dict(SEEDS=(0, 1), PAIRS=(4, 9), train_method=train_method, score=score).items():
+        monkeypatch.setattr(shapes, name, value)
+    shapes.main(["--full"])
+    text = (small / "runs" / "shapes-full" / "table.md").read_text()
+    variants = ["9 pairs", "20% removed", "55% removed", "100% removed", "4 pairs", "4 pairs, losers of other noise",
+                "9 pairs, losers of other noise", "c_minus lost least", "c_minus lost more", "c_minus lost most"]
+    places = dict(zip(variants, ["", *[f"variants/{name}/" for name in variants[1:]]]))
+    assert tuned == {(f"{places[name]}pairs", method, seed) for seed in (0, 1) for name in variants for method in
+                     (("D-DPO", "DDSPO") if places[name] else shapes.METHODS)}
+
+    def share(place, method, g):
+        return np.mean([score(f"runs/shapes-full/seed-{seed}/{place}{method}-guidance{g}.json", "shapes", seed, g)["correct"] for seed in (0, 1)])
+
+    rows = [[cell.strip() for cell in line.strip(" |").split(" | ")] for line in text.split("| pairs |")[1].strip().split("\n")[2:]]
+    assert [row[0] for row in rows] == variants
+    for name, *cells in rows:
+        for k, g in enumerate((1, 3)):
+            d_dpo, ddspo = (share(places[name], method, g) for method in ("D-DPO", "DDSPO"))
+            assert cells[3 * k:3 * k + 2] == [f"{d_dpo:.3f}", f"{ddspo:.3f}"] and cells[3 * k + 2].startswith(f"{ddspo - d_dpo:+.3f} [")
+    for method, g in (("Reference", 1), ("Rand-positive", 3), ("Not-paired", 5)):
+        assert f"\n| {method} | {share('', method, g):.3f} [" in text.split(f"| guidance {g} |")[1]
+    for method, g in shapes.BEST_GUIDANCE.items():
+        assert f"\n| {method} | {g} | {share('', method, g):.3f} [" in text
+    assert {path.name for path in (small / "figures").iterdir()} == {"shapes.png", "shapes-front.png", "shapes-pairs.png"}
+
+
 def test_the_share_of_content_words_that_a_prompt_keeps():
     row = dict(c="there is a big red circle above a blue square", c_minus="is big circle a square")
     assert shapes.kept_share(row) == 3 / 6
