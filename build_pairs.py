@@ -275,9 +275,10 @@ def parse(argv):
     parser.add_argument("--negatives", choices=["generated", "none"], help="none: winners only, for half the cost "
                         "(enough for train.py --negatives rand-positive and not-paired)")
     parser.add_argument("--steps", type=at_least(1, high=1000), help="of sampling (default, from scripts: 25, SANA 20)")
-    parser.add_argument("--guidance", type=at_least(0, float, 100), help="(script: 7.5, SDXL and SD3 5.0, SANA 4.5)")
-    parser.add_argument("--batch-size", type=at_least(1), default=16, help="pairs sampled at once (guess)")
-    parser.add_argument("--shard-size", type=at_least(1), default=128, help="pairs in a file (guess)")
+    parser.add_argument("--guidance", type=at_least(0, float, 100), help="guidance scale (default, from scripts: "
+                        "7.5, SDXL and SD3 5.0, SANA 4.5; shapes 3)")
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="pairs sampled at once (default: 16, guess)")
+    parser.add_argument("--shard-size", type=at_least(1), default=128, help="pairs in a file (default: 128, guess)")
     parser.add_argument("--seed", type=at_least(0), help="x_T of pair i comes from seed + i (default: 0)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = parser.parse_args(argv)

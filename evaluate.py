@@ -377,25 +377,27 @@ def main(argv=None):
     make.add_argument("--unet", help="a U-Net published alone, in place of the model's: a hub id or folder")
     judge = command(score, "judges the images")
     judge.add_argument("runs", nargs="+", help="folders that generate made")
-    judge.add_argument("--batch-size", type=at_least(1), default=20, help="images judged at once (guess)")
+    judge.add_argument("--batch-size", type=at_least(1), default=20, help="images judged at once (default: 20, guess)")
     judge.add_argument("--foreign", action="store_true", help="the images were made elsewhere, in generate's layout")
     all_but_shapes = [bench for bench in BENCHMARKS if bench != "shapes"]
     for sub, default, text in ((make, all_but_shapes, "all but shapes"), (judge, None, "all that have images")):
         sub.add_argument("--bench", nargs="+", choices=BENCHMARKS, default=default, help=f"(default: {text})")
-        sub.add_argument("--data", default="benchmarks", help="where the lists of prompts are kept, fetched if need be")
+        sub.add_argument("--data", default="benchmarks", help="where the lists of prompts are kept, fetched if need be "
+                         "(default: %(default)s)")
     tell = command(table, "means, intervals and differences, beside the paper's")
     tell.add_argument("runs", nargs="+", help="folders that score has scored; differences are to the first")
-    tell.add_argument("--out", default="table.md")
+    tell.add_argument("--out", default="table.md", help="(default: %(default)s)")
     show = command(grid, "Fig. 3: the same prompts and seeds, a column a model")
-    show.add_argument("--models", nargs="+", required=True, help="presets, hub ids or diffusers folders")
+    show.add_argument("--models", nargs="+", required=True, help="presets, hub ids, diffusers or LoRA folders")
     show.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")
-    show.add_argument("--out", default="grid.png")
-    show.add_argument("--rows", type=at_least(1), default=4, help="how many prompts, from the first on")
+    show.add_argument("--out", default="grid.png", help="(default: %(default)s)")
+    show.add_argument("--rows", type=at_least(1), default=4, help="how many prompts, from the first on (default: 4)")
     for sub, batch_size, seed in ((make, 20, 42), (show, 4, 0)):
         sub.add_argument("--steps", type=at_least(1), help="sampling steps (default, from scripts: 25, SANA 20)")
         sub.add_argument("--guidance", type=at_least(0, float, high=100),
                          help="guidance scale (default, from scripts: 7.5, SDXL and SD3 5.0, SANA 4.5; shapes 3)")
-        sub.add_argument("--batch-size", type=at_least(1), default=batch_size, help="images sampled at once (guess)")
+        sub.add_argument("--batch-size", type=at_least(1), default=batch_size,
+                         help="images sampled at once (default: %(default)s, guess)")
         sub.add_argument("--seed", type=at_least(0), default=seed, help=f"of image 0 (default {seed}; authors' 42)")
     args = parser.parse_args(argv)
     suffix = {table: ".md", grid: ".png"}.get(args.run)

@@ -11,11 +11,13 @@ import models
 from common import UserError, at_least, positive
 
 # A row is an experiment. Its numbers (beta, lr, updates, warmup) are from [p] the paper, [r] the authors' research
-# scripts, [o] their released scripts, [d] the code of the baseline's own authors, or [g] our guess; one letter stands
-# for all four. The batch is 2048 pairs [r, o]. The sources contradict each other: in [r], lr * beta = 0.08192 for beta
-# from 2000 to 24000, but [o]'s README says that lr is proportional to beta. Updates of SD-1.4: 100 [p], 500 (from
-# 100 on evaluated) [r], 200 [o]. SDXL: AdamW [o], Adafactor [r]; t uniform [p], more small t [r], large t [o].
-# SANA: lr 8.192e-5 and rank 128 [o], 4.096e-5 (by lr * beta) and rank 512 or 1024 [r]; weight decay 1e-2 [o], 1e-4 [r].
+# scripts (github.com/dohyun-as/DDSPO a0f3bc9), [o] their released scripts (KU-MIIL/DDSPO f8e47a5), [d] the code of the
+# baseline's authors (SalesforceAIResearch/DiffusionDPO 5233e75, huaishengzhu/DSPO 8b4e09b), or [g] our guess; one
+# letter stands for all four. The batch is 2048 pairs [r, o]. The sources contradict each other: in [r], lr * beta =
+# 0.08192 for beta from 2000 to 24000, but [o]'s README says that lr is proportional to beta. Updates of SD-1.4: 100
+# [p], 500 (from 100 on evaluated) [r], 200 [o]. SDXL: AdamW [o], Adafactor [r]; t uniform [p], more small t [r], large
+# t [o]. SANA: lr 8.192e-5 and rank 128 [o], 4.096e-5 (by lr * beta) and rank 512 or 1024 [r]; weight decay 1e-2 [o],
+# 1e-4 [r].
 EXPERIMENTS = {
     # model      task         objective              beta         lr             updates       warmup
     ("sd14",   "alignment", "ddspo"):         dict(beta=16000, lr=5.12e-6,   updates=100,  warmup=100),  # 1a, 3 [prpr]
@@ -36,8 +38,8 @@ EXPERIMENTS = {
     ("shapes", "alignment", "diffusion-dpo"): dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
 }  # the numbers after # are the paper's tables; the last two rows: shapes.py
 FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # where a model has no row, one of its family fits
-# Pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL in full and
-# SD3 do not fit there); and LoRA where the authors' scripts use it [o].
+# Pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL and SD3 do
+# not fit there); and LoRA where the authors' scripts use it [o].
 MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 2, "sana-1.6b": 1, "shapes": 64}
 LORA_RANK = {"sana": 128, "sana-1.6b": 128, "sd3": 128}
 MEMORY = """GB on a GPU in fp16 or bf16, calculated and not measured (with --checkpointing in brackets):
@@ -83,16 +85,17 @@ def parse(argv):
     parser.add_argument("--warmup", type=at_least(0), help="updates of linear warm-up")
     parser.add_argument("--batch-size", type=at_least(1), help="pairs per update over all GPUs")
     parser.add_argument("--lora-rank", type=at_least(0), help="0: all weights (default: 128 for SANA and SD3, else 0)")
-    parser.add_argument("--micro-batch", type=at_least(1), help="pairs on a GPU at once (default: what fits in 24 GB)")
+    parser.add_argument("--micro-batch", type=at_least(1), help="pairs on a GPU at once (default: what 24 GB hold)")
     parser.add_argument("--precision", choices=["fp32", "tf32", "fp16", "bf16"], help="default: on a CPU fp32; else "
                         "bf16 if the network is stored in it, or fp16")
     parser.add_argument("--checkpointing", action="store_true", help="less memory for a quarter more arithmetic")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks, on a GPU")
     parser.add_argument("--fsdp", action="store_true", help="divide weights and states among the GPUs (FSDP2)")
-    parser.add_argument("--save-every", type=at_least(1), default=10, help="updates between checkpoints (guess)")
+    parser.add_argument("--save-every", type=at_least(1), default=10, help="updates between checkpoints (default: 10, "
+                        "guess)")
     parser.add_argument("--preview", type=at_least(1), help="draw four prompts every so many updates")
     parser.add_argument("--tensorboard", action="store_true", help="also write the log for TensorBoard")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the order of pairs, t and noise (default: 0)")
     args = parser.parse_args(argv)
     args.model = args.model.rstrip("/")
 

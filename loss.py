@@ -24,7 +24,7 @@ DSPO, a baseline of another paper (ICLR 2025), puts the same logit into a square
 Convention. The paper writes beta ||.||^2. As in the released D-DPO and DDSPO code, to which the paper's beta = 16000
 belongs, ||.||^2 here is the MEAN over all non-batch dimensions and the logit carries beta/2. With D numbers per sample,
 this beta is the sum form's beta_sum = beta / (2 D): for SD-1.x latents, D = 4 * 64 * 64, 16000 is 0.49.
-Models that predict a velocity (SANA, SD3) put v in the place of eps; nothing else changes.
+Models that predict a velocity (SD-2.x, SANA, SD3) put v in the place of eps. SD3 also multiplies beta by a weight of t.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Sec. 3.3, 4.3 and 4.4 of DDSPO (arXiv 2512.23426): the degraded prompt c_minus of a prompt c.
+"""Sec. 3.3 and 4.2 to 4.4 of DDSPO (arXiv 2512.23426): the degraded prompt c_minus of a prompt c.
 
     python perturb.py prompts.txt perturbed.jsonl
     torchrun perturb.py diffusiondb perturbed.jsonl --limit 200000 --strategy llama-aesthetic
@@ -244,7 +244,7 @@ def parse(argv):
     parser.add_argument("out", help="the .jsonl file to write")
     parser.add_argument("--strategy", choices=["random-removal", *INSTRUCTIONS], default="random-removal")
     parser.add_argument("--limit", type=at_least(1), help="take a sample of so many prompts (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the removal or of the answers (default: 0)")
     parser.add_argument("--variants", type=at_least(1), help="different c_minus of each prompt, at most (default: 1)")
     parser.add_argument("--low", type=float, help="least share of words to remove (paper: 0.4)")
     parser.add_argument("--high", type=float, help="largest share of words to remove (paper: 0.7)")

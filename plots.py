@@ -34,7 +34,7 @@ def draw_grid(prompts, columns, path):
 
 CURVES = [  # of a run's log: the columns of a panel, its title, the unit of its y axis
     (["loss"], "loss: lower is better", "mean over an update's pairs"),
-    (["winner", "loser"], "distance to the target, less that of the reference", "mean squared error"),
+    (["winner", "loser"], "distance to the target, minus that of the reference", "mean squared error"),
     (["accuracy"], "preferred as they should be: higher is better, 0.5 is chance", "share of an update's pairs"),
     (["logit_quantiles"], "preferred by how much: higher is better", "logit"),
     (["winner_by_t", "loser_by_t"], "the same distances at the end of the run", "mean squared error"),

@@ -1,14 +1,15 @@
 """The paper's experiment (Sec. 4) on a laptop: a small world, a small Stable Diffusion, a score by rule.
 
-    python shapes.py                 five minutes on two CPU cores: two tuned models, a table and a picture
+    python shapes.py                 four minutes on two CPU cores: two tuned models, a table and a picture
     python shapes.py --full          all methods on three seeds, and what the gain depends on: some hours
     python shapes.py --grid          the search for each method's settings, on a seed that is not reported
     python shapes.py --reference     trains weights/shapes anew: some hours of one core
 
 judges/shapes.py is the world: images of one or two coloured objects, captions, and the score. weights/shapes is a
-StableDiffusionPipeline of the real classes, trained here from scratch on captions of which half are wrong, as in
-Fig. 2b and as on the web. perturb.py, build_pairs.py and train.py do with it what they do with SD-1.4. What is done is
-kept in runs/, and a stopped run goes on when the same command is run again.
+StableDiffusionPipeline of the real classes, trained here from scratch on captions of which half are wrong, as in Fig.
+2b and as on the web. perturb.py, build_pairs.py and train.py do with it what they do with SD-1.4. What is done is kept
+in runs/, tables and pictures too (the pictures of --full are written into figures/), and a stopped run goes on when the
+same command is run again.
 """
 
 import argparse
@@ -245,7 +246,7 @@ def table(runs, guidances):
     """For each guidance the share of prompts with everything right, with paired differences; and by tag."""
     lines, names = [], list(next(iter(runs.values())))
     for g in guidances:
-        lines += [f"| guidance {g:g} | all right | less the reference | less D-DPO | Fréchet distance ↓ |",
+        lines += [f"| guidance {g:g} | all right | minus the reference | minus D-DPO | Fréchet distance ↓ |",
                   "| --- " * 5 + "|"]
         for name in names:
             cells = [with_interval(right(runs, name, g))]
@@ -266,7 +267,7 @@ def table(runs, guidances):
 
 def table_at_best(runs):
     """Each model at its own best guidance, which was chosen on another seed, with paired differences."""
-    lines = ["| at its best guidance | guidance | all right | less the reference | less D-DPO |", "| --- " * 5 + "|"]
+    lines = ["| at its best guidance | guidance | all right | minus the reference | minus D-DPO |", "| --- " * 5 + "|"]
     for name, g in BEST_GUIDANCE.items():
         cells = ["" if name in ("Reference", other) else difference(runs, name, g, other, BEST_GUIDANCE[other])
                  for other in ("Reference", "D-DPO")]
@@ -275,8 +276,8 @@ def table_at_best(runs):
 
 
 def draw_images(folders, seed, path):
-    """Images at guidance 1, each with a green frame where all is right, else a red one. The prompts are the first
-    of each tag, and the first of each tag with a held-out combination."""
+    """Images at guidance 1, each with a green frame where all is right, else a red one and what is wrong first. The
+    prompts are the first of each tag, and the first of each tag with a held-out combination."""
     prompts = scored_prompts(seed)
     shown = [next(i for i, p in enumerate(prompts) if (p["tag"], p["held_out"]) == kind)
              for kind in itertools.product(world.TAGS, (False, True))]
@@ -288,8 +289,9 @@ def draw_images(folders, seed, path):
         for axis, i, image in zip(row, shown, images):
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
-            correct = world.verdict(world.find_objects(np.array(image)), prompts[i])["correct"]
-            axis.spines[:].set(color="tab:green" if correct else "tab:red", linewidth=3)
+            wrong = world.verdict(world.find_objects(np.array(image)), prompts[i])["reason"]
+            axis.spines[:].set(color="tab:red" if wrong else "tab:green", linewidth=3)
+            axis.set_xlabel(f"wrong {wrong}" if wrong else "right", fontsize=7)
         row[0].set_ylabel(name)
     for axis, i in zip(axes[0], shown):
         axis.set_title(textwrap.fill(prompts[i]["caption"], 20), fontsize=7)
@@ -304,12 +306,14 @@ def draw_front(runs, path):
         distances = [np.mean([results[name][g]["frechet"] for results in runs.values()]) for g in CURVE]
         left.plot(CURVE, shares, ".-", label=name)
         middle.plot(distances, shares, ".-")
+        for g, x, y in zip(CURVE, distances, shares):
+            middle.annotate(f"{g:g}", (x, y), (2, 3), textcoords="offset points", fontsize=6)
         best = CURVE.index(BEST_GUIDANCE[name])
         for axis, x in ((left, CURVE), (middle, distances)):
             axis.plot(x[best], shares[best], "k*")
     left.set(xlabel="guidance (star: the best on another seed)", ylabel="prompts with everything right")
     left.legend(fontsize=8)
-    middle.set(xlabel="Fréchet distance (each point a guidance)")
+    middle.set(xlabel="Fréchet distance (the number at a point is its guidance)")
     plots.save_figure(figure, path)
 
 
@@ -322,14 +326,18 @@ def draw_few_pairs(runs, path):
             shares = [np.mean([results[f"{n} pairs{losers}"][method][g]["correct"] for results in runs.values()])
                       for n in PAIRS]
             axis.plot(PAIRS, shares, line, marker=".", color=color, label=method + losers)
-        axis.set(xscale="log", xlabel="pairs", ylabel="prompts with everything right", title=f"guidance {g:g}")
+        whole = [results[f"{FULL_PAIRS} pairs"]["Reference"][g]["correct"] for results in runs.values()]
+        axis.axhline(np.mean(whole), color="grey", label="Reference")
+        axis.set(xscale="log", xticks=PAIRS, xticklabels=PAIRS, xlabel="pairs", ylabel="prompts with everything right",
+                 title=f"guidance {g:g}")
+        axis.minorticks_off()
     axes[0].legend(fontsize=8)
     plots.save_figure(figure, path)
 
 
 def table_of_variants(runs):
     """A row a variant: D-DPO, DDSPO and their paired difference at two guidances."""
-    head = [f"D-DPO, guidance {g:g} | DDSPO | DDSPO less D-DPO" for g in (1, GUIDANCE)]
+    head = [f"D-DPO, guidance {g:g} | DDSPO | DDSPO minus D-DPO" for g in (1, GUIDANCE)]
     lines = [f"| pairs | {' | '.join(head)} |", "| --- " * 7 + "|"]
     for variant in next(iter(runs.values())):
         these, cells = {seed: results[variant] for seed, results in runs.items()}, []
@@ -347,7 +355,8 @@ def main(argv=None):
     parser.add_argument("--grid", action="store_true", help="the search for each method's settings")
     parser.add_argument("--reference", metavar="FOLDER", nargs="?", const=REFERENCE,
                         help=f"train the reference anew and write it there (default: {REFERENCE})")
-    parser.add_argument("--updates", type=at_least(1), default=shapes_reference.UPDATES, help="of --reference")
+    parser.add_argument("--updates", type=at_least(1), default=shapes_reference.UPDATES,
+                        help="of --reference (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.reference:
         return shapes_reference.make_reference(args.reference, args.updates)

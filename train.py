@@ -7,8 +7,8 @@
 
 The same command continues a stopped run exactly where its newest checkpoint is. --batch-size is the number of pairs per
 update and --lr the final learning rate, on any number of GPUs; --micro-batch, the pairs that a GPU holds at once,
-changes the speed only. What an update sees (pairs, t, noise) is a function of the seed and of the place in the run.
-What a run keeps in --out: runs.py.
+changes memory and speed, and the result by no more than rounding. What an update sees (pairs, t, noise) is a function
+of the seed and of the place in the run. What a run keeps in --out: runs.py.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """FID and IS (Table 1a) by BK-SDM's protocol: 30,000 captions of COCO, an image each, of 256 x 256 pixels.
 
 FID is mseitzer/pytorch-fid's and IS toshas/torch-fidelity's, with torch-fidelity's Inception: the official weights and
-arithmetic. Of the 41,000 real images BK-SDM gives the statistics.
+arithmetic. The statistics of the 41,000 real images are BK-SDM's.
 """
 
 import csv

@@ -1,12 +1,14 @@
 """What the benchmarks of Sec. 4.2 to 4.4 share: lists from their official places, networks from the hub or from their
 authors' own checkpoints, CLIP, the overlap of boxes, and the mean of scores with its interval.
 
-The other files hold a benchmark each (preference.py two) and offer evaluate.py two functions:
+Each benchmark's file (preference.py holds two, and compbench.py has three judges) offers evaluate.py functions of two
+kinds, which BENCHMARKS names there:
 
     items(data)           a row for each image in the order of their seeds: its `path` in a run's folder, its `prompt`,
                           the `group` in which scores are averaged first, the prompt's `index` in it, and what else the
                           judge needs. `data` is the folder of the fetched lists.
-    load(device, data)    a judge: judge(rows, images) gives a dict for each PIL image, with its `correct` or `value`.
+    load(device, data)    a judge: judge(rows, images) gives a dict for each PIL image, with its `correct` or `value`
+                          (fid.py: with what its `summary` needs of all images).
 """
 
 import os
