@@ -211,18 +211,11 @@ def at_least(low, kind=int, high=math.inf):
     def number(text):
         value = kind(text)
         if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {low} or more, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {low:g} or more, not {text}")
         if value > high:
-            raise argparse.ArgumentTypeError(f"must be {high} or less, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {high:g} or less, not {text}")
         return value
     return number
-
-
-def positive(text):
-    """An argparse type: a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
-    return float(text)
 
 
 # ---- processes

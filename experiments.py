@@ -8,7 +8,7 @@ import sys
 import torch
 
 import models
-from common import UserError, at_least, positive
+from common import UserError, at_least
 
 # A row is an experiment. Its numbers (beta, lr, updates, warmup) are from [p] the paper, [r] the authors' research
 # scripts (github.com/dohyun-as/DDSPO a0f3bc9), [o] their released scripts (KU-MIIL/DDSPO f8e47a5), [d] the code of the
@@ -79,8 +79,9 @@ def parse(argv):
     parser.add_argument("--negatives", choices=["generated", "rand-positive", "not-paired"], default="generated",
                         help="Table 3b: x_0_l made from c_minus; or another prompt's winner, with that prompt as "
                              "c_minus, or with the pair's own c_minus")
-    parser.add_argument("--beta", type=positive, help="this and the next six: see EXPERIMENTS in experiments.py")
-    parser.add_argument("--lr", type=positive, help="final learning rate")
+    parser.add_argument("--beta", type=at_least(1e-6, float, 1e6),  # guess, as are the bounds of --lr
+                        help="this and the next six: see EXPERIMENTS in experiments.py")
+    parser.add_argument("--lr", type=at_least(1e-12, float, 0.1), help="final learning rate")
     parser.add_argument("--updates", type=at_least(1))
     parser.add_argument("--warmup", type=at_least(0), help="updates of linear warm-up")
     parser.add_argument("--batch-size", type=at_least(1), help="pairs per update over all GPUs")
@@ -134,9 +135,6 @@ def check(args):
     if missing:
         raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}: give "
                         f"{' and '.join(missing)}.")
-    for name, value, low, high in (("beta", args.beta, 1e-6, 1e6), ("lr", args.lr, 1e-12, 0.1)):  # guess
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name} {value:g} is absurd: it must be between {low:g} and {high:g}.")
     if args.warmup > args.updates:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates, which would end at "
                         f"{args.updates / args.warmup:.2g} of --lr: give --warmup too, at most --updates.")

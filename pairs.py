@@ -69,7 +69,7 @@ class PairStore:
                 raise UserError(f"{path}: {name} is {x.dtype} of shape {list(x.shape)}, not floats of shape {shape}: "
                                 "make the pairs in a new folder.")
             deviation = x.float().flatten(1).std(1)  # (pairs,)
-            bad = ((deviation < 0.001) | (deviation > 30)).nonzero().flatten().tolist()  # guess; it is near 1
+            bad = (deviation != deviation.clamp(0.001, 30)).nonzero().flatten().tolist()  # guess; it is near 1, or NaN
             if bad:
                 raise UserError(f"{path}: {name} of the pairs {[ids[k] for k in bad[:10]]} has a deviation of "
                                 f"{deviation[bad[0]]:.3g}: these are no scaled latents. Make the pairs anew.")

@@ -342,7 +342,7 @@ def table_of_variants(runs):
     for variant in next(iter(runs.values())):
         these, cells = {seed: results[variant] for seed, results in runs.items()}, []
         for g in (1, GUIDANCE):
-            cells += [f"{np.mean(list(right(these, name, g).values())):.3f}" for name in ("D-DPO", "DDSPO")]
+            cells += [f"{interval(right(these, name, g))['mean']:.3f}" for name in ("D-DPO", "DDSPO")]
             cells.append(difference(these, "DDSPO", g, "D-DPO", g))
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -17,15 +17,12 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-transformers.logging.set_verbosity_error()
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
-
-from common import holding, save_state, write_file  # noqa: E402
-from judges import shapes as world  # noqa: E402
+from common import holding, save_state, write_file
+from judges import shapes as world
 
 SEED, IMAGES, AUTOENCODER_UPDATES, UPDATES, VALIDATION_PROMPTS = 0, 131072, 4000, 12000, 100
 WRONG_CAPTIONS = 0.5  # guess: half of the captions have one thing wrong, as on the web
@@ -88,13 +85,6 @@ def make_tokenizer(captions):
     return tokenizer
 
 
-def make_autoencoder():
-    """32 x 32 pixels <-> latents (4, 8, 8)."""
-    return AutoencoderKL(block_out_channels=(16, 32, 32), norm_num_groups=8, latent_channels=4, layers_per_block=1,
-                         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-                         sample_size=world.SIZE)
-
-
 def make_denoiser(vocabulary, bos, eos):
     """(U-Net, text encoder), of 2.6 M parameters together."""
     unet = UNet2DConditionModel(
@@ -107,24 +97,21 @@ def make_denoiser(vocabulary, bos, eos):
     return torch.nn.ModuleList([unet, text_encoder])
 
 
-def share_right(images, prompts):
-    """The share of images (n, 32, 32, 3) uint8 that show all that their prompt asks for."""
-    return np.mean([world.verdict(world.find_objects(image), p)["correct"] for image, p in zip(images, prompts)])
-
-
 def train_autoencoder(images, path):
-    """An AutoencoderKL that loses almost nothing of the images, (n, 3, 32, 32) uint8, and the state of its training."""
+    """An AutoencoderKL, 32 x 32 pixels <-> latents (4, 8, 8), that loses almost nothing of the images, (n, 3, 32, 32)
+    uint8, and the state of its training."""
     torch.manual_seed(SEED)
+    vae = AutoencoderKL(block_out_channels=(16, 32, 32), norm_num_groups=8, latent_channels=4, layers_per_block=1,
+                        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+                        sample_size=world.SIZE)
 
     def loss_of_batch(batch, rng):
         x = images[torch.randint(len(images), (batch,), generator=rng)].float() / 127.5 - 1  # (batch, 3, 32, 32)
-        posterior = vae[0].encode(x).latent_dist
-        reconstruction = vae[0].decode(posterior.sample(generator=rng)).sample
+        posterior = vae.encode(x).latent_dist
+        reconstruction = vae.decode(posterior.sample(generator=rng)).sample
         return F.mse_loss(reconstruction, x) * 10 + 1e-4 * posterior.kl().mean() / 64
 
-    vae = torch.nn.ModuleList([make_autoencoder()])
-    average, state = fit(vae, loss_of_batch, AUTOENCODER_UPDATES, 16, 3e-3, path)
-    return average[0], state
+    return fit(vae, loss_of_batch, AUTOENCODER_UPDATES, 16, 3e-3, path)
 
 
 @torch.no_grad()
@@ -145,9 +132,9 @@ def validate(pipe, prompts):
     captions, shares = [p["caption"] for p in prompts], []
     for guidance in (1, 4):
         noise = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        images = pipe(captions, num_inference_steps=25, guidance_scale=guidance, generator=noise,
-                      output_type="np").images  # (prompts, 32, 32, 3) in [0, 1]
-        shares.append(f"{share_right((images * 255).round().astype(np.uint8), prompts):.2f} at guidance {guidance}")
+        images = pipe(captions, num_inference_steps=25, guidance_scale=guidance, generator=noise).images
+        right = [world.verdict(world.find_objects(np.array(image)), p)["correct"] for image, p in zip(images, prompts)]
+        shares.append(f"{np.mean(right):.2f} at guidance {guidance}")
     return "right " + ", ".join(shares)
 
 

@@ -16,8 +16,8 @@ pair asks for beside it is noise.
     signal to noise  sum |d|^2 / sum |what a pair asks for - d|^2
 
 The sums are over the states that updates see, winners' and losers' together. The picture shows the mean given the
-state, which may be a winner's or a loser's; the tables add the mean where that side is known, and what tuning with t from
-a band only gives.
+state, which may be a winner's or a loser's; the tables add the mean where that side is known, and what tuning with t
+from a band only gives.
 """
 
 import argparse

@@ -379,8 +379,6 @@ def check_update(args, store, update, batch, columns, norm, floor, scaler):
         ways = ["lower --lr"] * (update > 0) + ["take --precision fp32"] * (args.precision in HALF)
         if bad:
             what = f"the loss of the pairs {[store.rows[pair]['id'] for pair in bad[:10]]} is not finite"
-        if not all(x.isfinite().all() for pair in bad for x in store[pair][1:] if x is not None):
-            ways = ["make these pairs again, for their latents are not finite either"]
         cure = " or ".join(ways) or "the model or the pairs must be damaged"
         raise UserError(f"update {update + 1}: {what}. Nothing of this update is kept: {cure}.")
     if update == 0 and "logit" in columns and not abs(columns["logit"].mean()) < 0.05 + 4 * floor:  # guess

@@ -143,7 +143,7 @@ def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
 
 @pytest.mark.parametrize("kind, good, bad", [
     (common.at_least(1), ["1", "30"], ["0", "-1", "1.5", "x"]), (common.at_least(0, float, 8), ["0", "7.5", "8"], ["-0.1", "inf", "nan", "8.1", "1e9"]),
-    (common.positive, ["1e-9", "3"], ["0", "-1", "nan", "inf"])])
+    (common.at_least(1e-6, float, 1e6), ["1e-6", "3"], ["0", "-1", "nan", "inf", "1e-7"])])
 def test_numbers_out_of_range_are_no_flags(kind, good, bad):
     for text in good:
         assert kind(text) == float(text)
