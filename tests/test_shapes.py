@@ -194,7 +194,7 @@ def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
     for share, (low, high) in {"20%": (0.05, 0.35), "55%": (0.4, 0.7)}.items():
         removed = [1 - len(row["c_minus"].split()) / len(row["c"].split()) for row in found[f"{share} removed"].rows]
         assert len(removed) == 8 and low < np.mean(removed) < high
-    assert {row["c_minus"] for row in found["100% removed"].rows} == {""}
+    assert [row["c_minus"] for row in found["100% removed"].rows] == [""] * 8
 
 
 def test_the_full_experiment_compares_every_method_and_every_variant_on_every_seed(small, monkeypatch):
@@ -227,6 +227,9 @@ def test_the_full_experiment_compares_every_method_and_every_variant_on_every_se
 
     rows = [[cell.strip() for cell in line.strip(" |").split(" | ")] for line in text.split("| pairs |")[1].strip().split("\n")[2:]]
     assert [row[0] for row in rows] == variants
+    assert "\n| pairs | D-DPO, guidance 1 | DDSPO | DDSPO minus D-DPO | D-DPO, guidance 3 | DDSPO | DDSPO minus D-DPO |\n| --- | --- " in text
+    for g in (1, 3, 5):
+        assert f"\n| guidance {g} | {' | '.join(world.TAGS)} | held out |\n" in text
     for name, *cells in rows:
         for k, g in enumerate((1, 3)):
             d_dpo, ddspo = (share(places[name], method, g) for method in ("D-DPO", "DDSPO"))
@@ -239,8 +242,8 @@ def test_the_full_experiment_compares_every_method_and_every_variant_on_every_se
 
 
 def test_the_share_of_content_words_that_a_prompt_keeps():
-    row = dict(c="there is a big red circle above a blue square", c_minus="is big circle a square")
-    assert shapes.kept_share(row) == 3 / 6
+    row = dict(c="there is a big red circle above a blue square", c_minus="is big red circle a square")
+    assert shapes.kept_share(row) == 4 / 6
 
 
 def test_tables_show_means_and_paired_differences(monkeypatch):
