@@ -32,10 +32,10 @@ def draw_grid(prompts, columns, path):
     save_figure(figure, path)
 
 
-CURVES = [  # of a run's log: the columns of a panel, its title, the unit of its y axis
-    (["loss"], "loss: lower is better", "mean over an update's pairs"),
+CURVES = [  # of a run's log: the columns of a panel, its title, the unit of its y axis and, if fixed, its ends
+    (["loss"], "loss: lower is better", "mean over an update's pairs", 0),
     (["winner", "loser"], "distance to the target, minus that of the reference", "mean squared error"),
-    (["accuracy"], "preferred as they should be: higher is better, 0.5 is chance", "share of an update's pairs"),
+    (["accuracy"], "preferred as they should be: higher is better, 0.5 is chance", "share of an update's pairs", 0, 1),
     (["logit_quantiles"], "preferred by how much: higher is better", "logit"),
     (["winner_by_t", "loser_by_t"], "the same distances at the end of the run", "mean squared error"),
     (["drift"], "how far the student is from the reference", "mean squared difference"),
@@ -57,7 +57,7 @@ def draw_curves(path):
     if not rows:
         raise UserError(f"{path} has no update in it yet.")
     figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(16, 7), layout="constrained", squeeze=False)
-    for axis, (names, title, unit) in zip(axes.flat, panels):
+    for axis, (names, title, unit, *ends) in zip(axes.flat, panels):
         for name in names:
             values, label = columns[name], LABELS.get(name.removesuffix("_by_t"))
             if name.endswith("_by_t"):  # the mean of the last tenth of the run, over the bands of time steps
@@ -69,6 +69,7 @@ def draw_curves(path):
         axis.set_title(title, fontsize=9)
         axis.set(xlabel="t / T (0: least noise)" if name.endswith("_by_t") else "update", ylabel=unit)
         axis.ticklabel_format(axis="y", useOffset=False)
+        axis.set_ylim(*ends)
         if label:
             axis.legend(fontsize=7)
     for axis in axes.flat[len(panels):]:

@@ -338,12 +338,12 @@ def sweep(methods, path):
     print(f"\nEach method at its best, and after other numbers of updates, {len(SEEDS)} seeds:")
     print_table("pairs, N (or updates at N = 2), method, beta, lr", rows)
 
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.5), layout="constrained")
     after = [f"{updates} updates" for updates in UPDATES]
     draw_lines(axes[0], result, COUNTS, COUNTS, 0, "pairs per class N", "share nearest own mode")
     draw_lines(axes[1], result, COUNTS, COUNTS, 1, "pairs per class N", "energy distance to the truth")
     draw_lines(axes[2], result, UPDATES, after, 1, "updates at N = 2, DDSPO's setting", "energy distance to the truth")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     seed = typical(result["apart", 2, "D-DPO"], result["apart", 2, "DDSPO"])
     scatter(axes[3], "D-DPO at DDSPO's setting", *results[seed][list(lines).index(("apart", "300 updates", "D-DPO"))])
     save_figure(figure, path)
@@ -356,8 +356,8 @@ def draw_lines(axis, result, xs, changes, score, xlabel, ylabel):
         beside = 1.04 if source == "apart" else 0.96  # so that the bars do not hide one another
         axis.errorbar(np.array(xs) * beside, y.mean(1), y.std(1, ddof=1), label=f"{name}, {source}", capsize=2,
                       color="C3" if name == "D-DPO" else "C0", linestyle="-" if source == "apart" else "--")
-    axis.set(xscale="log", xticks=xs, xticklabels=xs, xlabel=xlabel, ylabel=ylabel)
-    axis.minorticks_off()
+    axis.set(xscale="log", xticks=xs, xticklabels=xs, xlabel=xlabel, ylabel=ylabel, yscale="log" if score else "linear")
+    axis.xaxis.minorticks_off()
     axis.axhline(result["Reference"][:, score].mean(), color="grey", linestyle=":", label="Reference")
 
 

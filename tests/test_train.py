@@ -908,13 +908,15 @@ def test_the_log_says_how_fast_how_large_and_how_exact(straight):
 def test_curves_show_the_numbers_of_the_log(straight, tmp_path, monkeypatch):
     assert (straight[0] / "curves.png").stat().st_size > 20_000
     shutil.copy(straight[0] / "log.jsonl", tmp_path)
-    lines = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: lines.extend(ax.lines for ax in figure.axes))
+    axes, lines = [], []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (axes.extend(figure.axes), lines.extend(ax.lines for ax in figure.axes)))
     plots.draw_curves(str(tmp_path / "log.jsonl"))
     log = read_log(straight[0])
     drawn = {panel[0]: [list(line.get_ydata()) for line in ls] for (panel, *_), ls in zip(plots.CURVES, lines)}
     assert len(lines) == len(plots.CURVES)
     assert drawn["loss"] == [[row["loss"] for row in log]]
+    assert axes[0].get_ylim()[0] == 0 and axes[2].get_ylim() == (0, 1)  # so that a run that learns nothing looks like it
+    assert axes[0].get_ylim()[1] > max(row["loss"] for row in log)
     assert drawn["winner"] == [[row[name] for row in log] for name in ("winner", "loser")]
     assert np.allclose(np.array(drawn["logit_quantiles"]).T, [row["logit_quantiles"] for row in log])
     last = [value is not None for value in log[-1]["winner_by_t"]]
