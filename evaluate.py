@@ -227,6 +227,9 @@ def find_jobs(run, args):
     path, asked = os.path.join(run, "settings.json"), args.bench
     if args.foreign:
         asked = asked or [bench for bench in BENCHMARKS if os.path.isdir(os.path.join(run, bench))]
+        if not asked:
+            raise UserError(f"{run} has none of the folders {', '.join(BENCHMARKS)}: --foreign looks for images where "
+                            "evaluate.py generate would write them.")
         if not os.path.exists(path):
             unknown = dict.fromkeys((*FIXED, "model", "base", "versions"), "unknown")
             common.write_file(path, json.dumps(unknown | dict(lists={})))
@@ -242,7 +245,8 @@ def find_jobs(run, args):
         missing = [row["path"] for row in rows if not os.path.exists(os.path.join(run, row["path"]))]
         if missing:
             raise UserError(f"{len(missing)} of {len(rows)} images of {bench} are missing in {run}, first "
-                            f"{missing[0]}: give the command of generate again.")
+                            f"{missing[0]}: " + ("put them there." if settings["fingerprint"] == "unknown" else
+                                                 "give the command of generate again."))
         for name, (groups, load) in BENCHMARKS[bench][2].items():
             if not (name == "owl" and compbench.official_spatial(run)):
                 yield types.SimpleNamespace(

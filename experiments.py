@@ -115,12 +115,16 @@ def parse(argv):
     return args
 
 
+def needs_c_minus(args):
+    """Whether the loss asks for c_minus, as that of Eq. 7 does."""
+    return args.objective == "ddspo" and not args.winner
+
+
 def check(args):
     """Raises UserError if flags do not go together, if a run would come to nothing, or if this machine cannot do it."""
     if os.path.exists(os.path.join(args.model, models.LORA)):
         raise UserError(f"--model {args.model} is an adapter: give a whole model to be tuned.")
-    eq7 = args.objective == "ddspo" and not args.winner and not args.loser
-    if args.negatives != "generated" and not eq7:
+    if args.negatives != "generated" and not needs_c_minus(args):
         raise UserError(f"--negatives {args.negatives} is a variant of Eq. 7: take --objective ddspo and no --winner.")
     if (args.side is None) == (args.objective == "sft"):
         raise UserError("--side goes with --objective sft, and sft needs it.")
@@ -133,11 +137,11 @@ def check(args):
     missing = [f"--{key}" for key in ("beta", "lr")
                if getattr(args, key) is None and (key, args.objective) != ("beta", "sft")]
     if missing:
-        raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}: give "
-                        f"{' and '.join(missing)}.")
+        raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}"
+                        + " and policies" * bool(args.winner) + f": give {' and '.join(missing)}.")
     if args.warmup > args.updates:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates, which would end at "
-                        f"{args.updates / args.warmup:.2g} of --lr: give --warmup too, at most --updates.")
+                        f"{args.updates / args.warmup:.2g} of --lr: give a --warmup of at most --updates.")
     for mark in ("model_index.json", "meta.json"):
         if os.path.exists(os.path.join(args.out, mark)):
             raise UserError(f"--out {args.out} is a model or a pair store: give another folder.")

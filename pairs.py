@@ -90,7 +90,8 @@ def read_meta(folder):
     meta = read_json(path) if os.path.isfile(path) else None
     if not isinstance(meta, dict) or not {"model", "latents", "scale", "negatives", "pairs", "shard_size",
                                           "table"} <= meta.keys():
-        raise UserError(f"{folder} is no pair store, or its meta.json is damaged: make the pairs in a new folder.")
+        raise UserError(f"{folder} is no pair store, or its meta.json is damaged: give another path, or make the pairs "
+                        "in a new folder.")
     return meta
 
 

@@ -240,7 +240,8 @@ def parse(argv):
     """The flags. Raises UserError where one does not go with the strategy, or where OUT cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="perturb.py PROMPTS OUT [flags]",
                                      allow_abbrev=False)
-    parser.add_argument("prompts", help="a text file, one prompt a line; a .jsonl or .parquet file; or diffusiondb")
+    parser.add_argument("prompts", help="a text file, one prompt a line; a .jsonl or .parquet file with a column "
+                        "`prompt`; or diffusiondb")
     parser.add_argument("out", help="the .jsonl file to write")
     parser.add_argument("--strategy", choices=["random-removal", *INSTRUCTIONS], default="random-removal")
     parser.add_argument("--limit", type=at_least(1), help="take a sample of so many prompts (default: all)")

@@ -91,7 +91,7 @@ def load_checkpoint(args, identity, net, optimizer, scaler):
     update = state["update"] if state else 0
     agree(dict(identity, out=f"{args.out} after update {update}"))
     if not state:
-        for result in (os.path.join(args.out, "pipeline"), os.path.join(args.out, "lora")):
+        for result in (os.path.join(args.out, name) for name in ("pipeline", "lora", "curves.png")):
             if os.path.exists(result):
                 raise UserError(f"{result} is a result without a checkpoint, and would be replaced: give another "
                                 "--out.")
@@ -192,7 +192,7 @@ def finish(args, model, rank):
     if args.objective == "sft":
         print("next, when both sides are trained:  torchrun train.py with both results as --winner and --loser")
     else:
-        print(f"next:  python evaluate.py grid --models {shlex.join([args.model, result])} --prompts prompts.txt")
+        print(f"next:  python evaluate.py grid --models {shlex.join([args.model, result])} --prompts tests/prompts.txt")
 
 
 # ---- the log

@@ -33,7 +33,7 @@ import models
 import plots
 import runs
 from common import UserError, processes, program
-from experiments import announce, parse
+from experiments import announce, needs_c_minus, parse
 from loss import ddspo_loss, diffusion_dpo_loss, dspo_loss, preference_loss
 from pairs import PairStore, misfit
 
@@ -81,13 +81,13 @@ def micro_batches(store, model, args, some, device):
         tensors = [torch.stack(x_0_w), torch.stack(x_0_l), torch.tensor(t), torch.stack(eps)]
         if device.type == "cuda":  # so that the copies do not wait for the GPU's work
             tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
-        eq7 = args.objective == "ddspo" and not args.winner
-        encoded = model.encode(c + c_minus if eq7 else c)  # {name: (2B or B, ...)}
+        encoded = model.encode(c + c_minus if needs_c_minus(args) else c)  # {name: (2B or B, ...)}
         for k in range(0, len(t), size):
             rows = slice(k, min(k + size, len(t)))
             minus_rows = slice(len(t) + rows.start, len(t) + rows.stop)
             yield ({name: x[rows] for name, x in encoded.items()},
-                   {name: x[minus_rows] for name, x in encoded.items()} if eq7 else None, *[x[rows] for x in tensors])
+                   {name: x[minus_rows] for name, x in encoded.items()} if needs_c_minus(args) else None,
+                   *[x[rows] for x in tensors])
 
 
 # ---- the step
@@ -396,9 +396,9 @@ def check_pairs(args, store, model):
         raise UserError(f"{args.pairs} holds winners only: take --negatives rand-positive or not-paired.")
     if args.negatives != "generated" and all(row["c"] == store.rows[0]["c"] for row in store.rows):
         raise UserError(f"--negatives {args.negatives} needs other prompts, but {args.pairs} has only one prompt.")
-    if args.objective == "ddspo" and not args.winner and store.rows[0]["c_minus"] is None:
+    if needs_c_minus(args) and store.rows[0]["c_minus"] is None:
         raise UserError(f"{args.pairs} holds pairs of images without c_minus, which Eq. 7 needs: take --objective "
-                        "diffusion-dpo or dspo, or --winner and --loser (Eq. 6).")
+                        "diffusion-dpo, dspo or sft, or --winner and --loser (Eq. 6).")
     if problem := misfit(store.meta, model):
         raise UserError(f"--pairs {args.pairs}: {problem}")
 

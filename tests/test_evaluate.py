@@ -609,6 +609,9 @@ def test_images_that_were_made_elsewhere_are_scored_too(world, sd, capsys):
     rows, run = evaluate.list_images("shapes", str(world / "data")), world / "foreign images"
     with pytest.raises(SystemExit, match="settings.json: it does not exist, .* or --foreign"):
         score(world, "foreign images")
+    with pytest.raises(SystemExit, match="foreign images has none of the folders geneval, .*: --foreign looks for images where"):
+        evaluate.main(["score", str(run), "--foreign"])
+    assert not run.exists()
     for k, row in enumerate(rows):
         os.makedirs(os.path.dirname(run / row["path"]), exist_ok=True)
         image = shapes.render(shapes.make_scene(np.random.default_rng(k), row["metadata"])) if k % 2 else np.zeros((32, 32, 3), np.uint8)
@@ -620,6 +623,10 @@ def test_images_that_were_made_elsewhere_are_scored_too(world, sd, capsys):
     assert f"{run}: shapes 0.5000 [" in said and said.endswith(f"wrote {run}/scores. Next:\npython evaluate.py table '{run}'\n")
     settings = json.loads((run / "settings.json").read_text())
     assert {settings[key] for key in (*evaluate.FIXED, "model", "base")} == {"unknown"} and settings["lists"].keys() == {"shapes"}
+    (run / rows[0]["path"]).rename(run / "away.png")
+    with pytest.raises(SystemExit, match=r"1 of 4 images of shapes are missing in .*, first shapes/00000.png: put them there\.$"):
+        score(world, "foreign images")
+    (run / "away.png").rename(run / rows[0]["path"])
     score(world, "foreign images")  # from now on the folder is known
     with pytest.raises(SystemExit, match="foreign images was begun with .*fingerprint"):
         generate(world, sd, "foreign images", "--bench", "shapes")

@@ -456,6 +456,11 @@ def test_a_result_without_its_checkpoint_is_not_replaced(sd, pairs, straight, tm
     with pytest.raises(SystemExit, match="pipeline is a result without a checkpoint, and would be replaced: give another --out"):
         run(sd, pairs, tmp_path / "run", "--updates", 7)
     assert read_folder(tmp_path / "run") == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "curves.png").write_text("mine")
+    with pytest.raises(SystemExit, match="curves.png is a result without a checkpoint, and would be replaced: give another --out"):
+        run(sd, pairs, tmp_path / "other", "--updates", 1)
+    assert (tmp_path / "other" / "curves.png").read_text() == "mine"
 
 
 def test_the_log_is_cut_to_the_checkpoint_whatever_became_of_it(tmp_path):
@@ -815,6 +820,8 @@ def test_each_experiment_has_its_row(flags, expected):
 def test_where_no_experiment_fits_beta_and_lr_are_asked_for(flags, asked):
     with pytest.raises(UserError, match=rf"no row for {flags.split()[0]} with --objective .*: give {asked}\."):
         train.parse(["--model", *flags.split()])
+    with pytest.raises(UserError, match="no row for shapes with --objective ddspo and policies: give --beta and --lr."):
+        train.parse("--model shapes --winner a --loser b".split())
 
 
 def test_the_law_of_the_learning_rate_holds_where_it_is_said_to():
