@@ -51,7 +51,7 @@ def test_curves_are_those_of_the_log(figures, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in [dict(update=0, noise_floor=0.0), *rows]))
     plots.draw_curves(str(path))
     axes, there = figures[str(tmp_path / "curves.png")].axes, ["loss", "winner", "logit_quantiles", "winner_by_t", "lr"]
-    titles = {names[0]: title for names, title, _ in plots.CURVES}
+    titles = {names[0]: title for names, title, *_ in plots.CURVES}
     assert [axis.get_title() for axis in axes] == [titles[name] for name in there]  # what the log has
     panels = dict(zip(there, axes))
     drawn = {name: [list(line.get_ydata()) for line in axis.lines] for name, axis in panels.items()}
