@@ -270,8 +270,9 @@ def begin(job):
         job.rows = [] if read_coco(job.run).get("images") == job.images else job.rows
     else:
         found = read_scores(job.run, job.name)
-        job.done = {path: row for (path, row), image in zip(found.items(), checksums(job.run, found))
-                    if row.get("image") == image}
+        known = [row["path"] for row in job.rows if row["path"] in found]
+        sums = dict(zip(known, checksums(job.run, known)))
+        job.done = {path: row for path, row in found.items() if row.get("image") == sums.get(path, "")}
         job.rows = [row for row in job.rows if row["path"] not in job.done]
         if len(job.done) < len(found):
             print(f"images in {job.run} that have changed since {job.name} judged them, and are judged again: "

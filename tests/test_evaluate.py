@@ -656,8 +656,13 @@ def test_an_image_of_another_size_is_refused_and_a_changed_one_is_judged_again(w
         score(world, "a run")
     path.write_bytes(before)
     score(world, "a run")
+    capsys.readouterr()
     third = {row["path"]: row for row in map(json.loads, open(scores))}
     assert all(third[row["path"]] == row | dict(value=pytest.approx(row["value"], abs=1e-4)) for row in first)
+    with open(scores, "a") as file:  # of an image that the benchmark does not have
+        file.write(json.dumps(first[0] | dict(path="pick/images/00009.jpg")) + "\n")
+    score(world, "a run")
+    assert "since pick judged them, and are judged again: 1\n" in capsys.readouterr().out
 
 
 def test_scores_of_two_versions_of_a_judge_are_not_mixed(world, sd, judges, monkeypatch):
