@@ -98,7 +98,7 @@ def score(path, name, seed, guidance, batch=100):
         for i in tqdm(range(0, len(prompts), batch), f"score {name}, guidance {guidance:g}"):
             captions = [p["caption"] for p in prompts[i:i + batch]]
             images += evaluate.sample_images(model, captions, range(i, i + len(captions)), STEPS, guidance)
-        found = [world.verdict(world.find_objects(np.array(image)), p) for image, p in zip(images, prompts)]
+        found = [world.judge_image(image, p) for image, p in zip(images, prompts)]
         scored = dict(correct=[v["correct"] for v in found], reason=[v["reason"] for v in found],
                       frechet=frechet(*moments(model, np.stack(images)), *true_moments(seed)))
         common.write_file(path, json.dumps(scored))
@@ -232,6 +232,16 @@ def right(runs, name, g):
     return {seed: np.array(results[name][g]["correct"], float) for seed, results in runs.items()}
 
 
+def mean_right(runs, name, g):
+    """The share of prompts with everything right, the mean over the seeds."""
+    return interval(right(runs, name, g))["mean"]
+
+
+def of_variant(runs, variant):
+    """{seed: {model: {guidance: scores}}} of one variant; `runs` {seed: what compare_variants gives}."""
+    return {seed: results[variant] for seed, results in runs.items()}
+
+
 def with_interval(values):
     return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**interval(values))
 
@@ -289,7 +299,7 @@ def draw_images(folders, seed, path):
         for axis, i, image in zip(row, shown, images):
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
-            wrong = world.verdict(world.find_objects(np.array(image)), prompts[i])["reason"]
+            wrong = world.judge_image(image, prompts[i])["reason"]
             axis.spines[:].set(color="tab:red" if wrong else "tab:green", linewidth=3)
             axis.set_xlabel(f"wrong {wrong}" if wrong else "right", fontsize=7)
         row[0].set_ylabel(name)
@@ -302,7 +312,7 @@ def draw_front(runs, path):
     """Alignment against guidance, and against the Fréchet distance along it; means over the seeds."""
     figure, (left, middle) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for name in BEST_GUIDANCE:
-        shares = [np.mean(list(right(runs, name, g).values())) for g in CURVE]
+        shares = [mean_right(runs, name, g) for g in CURVE]
         distances = [np.mean([results[name][g]["frechet"] for results in runs.values()]) for g in CURVE]
         left.plot(CURVE, shares, ".-", label=name)
         middle.plot(distances, shares, ".-")
@@ -323,11 +333,10 @@ def draw_few_pairs(runs, path):
     for axis, g in zip(axes, (1, GUIDANCE)):
         for (method, color), (losers, line) in itertools.product((("D-DPO", "C1"), ("DDSPO", "C2")),
                                                                  (("", "-"), (", losers of other noise", ":"))):
-            shares = [np.mean([results[f"{n} pairs{losers}"][method][g]["correct"] for results in runs.values()])
-                      for n in PAIRS]
+            shares = [mean_right(of_variant(runs, f"{n} pairs{losers}"), method, g) for n in PAIRS]
             axis.plot(PAIRS, shares, line, marker=".", color=color, label=method + losers)
-        whole = [results[f"{FULL_PAIRS} pairs"]["Reference"][g]["correct"] for results in runs.values()]
-        axis.axhline(np.mean(whole), color="grey", label="Reference")
+        whole = of_variant(runs, f"{FULL_PAIRS} pairs")
+        axis.axhline(mean_right(whole, "Reference", g), color="grey", label="Reference")
         axis.set(xscale="log", xticks=PAIRS, xticklabels=PAIRS, xlabel="pairs", ylabel="prompts with everything right",
                  title=f"guidance {g:g}")
         axis.minorticks_off()
@@ -340,9 +349,9 @@ def table_of_variants(runs):
     head = [f"D-DPO, guidance {g:g} | DDSPO | DDSPO minus D-DPO" for g in (1, GUIDANCE)]
     lines = [f"| pairs | {' | '.join(head)} |", "| --- " * 7 + "|"]
     for variant in next(iter(runs.values())):
-        these, cells = {seed: results[variant] for seed, results in runs.items()}, []
+        these, cells = of_variant(runs, variant), []
         for g in (1, GUIDANCE):
-            cells += [f"{interval(right(these, name, g))['mean']:.3f}" for name in ("D-DPO", "DDSPO")]
+            cells += [f"{mean_right(these, name, g):.3f}" for name in ("D-DPO", "DDSPO")]
             cells.append(difference(these, "DDSPO", g, "D-DPO", g))
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

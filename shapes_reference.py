@@ -133,7 +133,7 @@ def validate(pipe, prompts):
     for guidance in (1, 4):
         noise = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         images = pipe(captions, num_inference_steps=25, guidance_scale=guidance, generator=noise).images
-        right = [world.verdict(world.find_objects(np.array(image)), p)["correct"] for image, p in zip(images, prompts)]
+        right = [world.judge_image(image, p)["correct"] for image, p in zip(images, prompts)]
         shares.append(f"{np.mean(right):.2f} at guidance {guidance}")
     return "right " + ", ".join(shares)
 

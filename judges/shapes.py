@@ -190,6 +190,11 @@ def verdict(found, prompt):
     return dict(correct=not reason, reason=reason)
 
 
+def judge_image(image, prompt):
+    """The verdict on an image, (32, 32, 3) uint8 or PIL."""
+    return verdict(find_objects(np.array(image)), prompt)
+
+
 # ---- what evaluate.py asks of a benchmark
 
 
@@ -204,5 +209,5 @@ def load(device, data):
     def judge(rows, images):
         if images[0].size != (SIZE, SIZE):
             raise UserError(f"the shapes benchmark needs images of {SIZE} x {SIZE} pixels, not {images[0].size}.")
-        return [verdict(find_objects(np.array(image)), row["metadata"]) for row, image in zip(rows, images)]
+        return [judge_image(image, row["metadata"]) for row, image in zip(rows, images)]
     return judge
