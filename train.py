@@ -73,7 +73,7 @@ def micro_batches(store, model, args, some, device):
     """Yields the examples of some slots, --micro-batch at a time, on the device: c and c_minus encoded (c_minus for
     Eq. 7 only, else None), then x_0_w, x_0_l (B, channels, h, w), t (B,) and eps (B, channels, h, w). The text encoders
     read the prompts of several micro-batches in one pass, because a GPU waits for each pass."""
-    size = args.micro_batch
+    size, eq7 = args.micro_batch, needs_c_minus(args)
     together = size * max(1, TEXT_BATCH // size)
     for start in range(0, len(some), together):
         examples = [example(store, model, args.seed, *slot, args.negatives) for slot in some[start:start + together]]
@@ -81,13 +81,12 @@ def micro_batches(store, model, args, some, device):
         tensors = [torch.stack(x_0_w), torch.stack(x_0_l), torch.tensor(t), torch.stack(eps)]
         if device.type == "cuda":  # so that the copies do not wait for the GPU's work
             tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
-        encoded = model.encode(c + c_minus if needs_c_minus(args) else c)  # {name: (2B or B, ...)}
+        encoded = model.encode(c + c_minus if eq7 else c)  # {name: (2B or B, ...)}
         for k in range(0, len(t), size):
             rows = slice(k, min(k + size, len(t)))
             minus_rows = slice(len(t) + rows.start, len(t) + rows.stop)
             yield ({name: x[rows] for name, x in encoded.items()},
-                   {name: x[minus_rows] for name, x in encoded.items()} if needs_c_minus(args) else None,
-                   *[x[rows] for x in tensors])
+                   {name: x[minus_rows] for name, x in encoded.items()} if eq7 else None, *[x[rows] for x in tensors])
 
 
 # ---- the step
