@@ -29,11 +29,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-import common
-import models
-import plots
-from common import UserError, at_least, program
-from pairs import PairStore, misfit, read_meta, shard_path
+from lib import models, plots
+from lib.files import UserError, checksum, checksum_of, count, json_lines, same_settings, to_lines, write_file
+from lib.pairs import PairStore, misfit, read_meta, shard_path
+from lib.processes import at_least, barrier, is_first, processes, program
+from lib.prompts import check_rows, parquet_rows, stop_if_bad
 
 # ---- what the pairs are made of
 
@@ -44,9 +44,9 @@ def read_perturbed(path, seed):
     if not os.path.isfile(path) or not path.endswith(".jsonl"):
         raise UserError(f"--prompts {path}: there is no such .jsonl file. Make it with  python perturb.py prompts.txt "
                         "perturbed.jsonl")
-    lines = dict(common.json_lines(path))  # {number: row}
-    found = list(common.check_rows(path, lines.items(), ["c", "c_minus"]))
-    common.stop_if_bad(path, [f"{path}:{number}: c is empty, or c_minus is the same as c: they make no preference"
+    lines = dict(json_lines(path))  # {number: row}
+    found = list(check_rows(path, lines.items(), ["c", "c_minus"]))
+    stop_if_bad(path, [f"{path}:{number}: c is empty, or c_minus is the same as c: they make no preference"
                               for number, _, c, c_minus in found if not c or c == c_minus])
     rows = []
     for i, (number, name, c, c_minus) in enumerate(found):
@@ -68,13 +68,13 @@ def read_image_pairs(path):
     if files[0].endswith(".parquet"):
         return read_pick_a_pic(sorted(files))
     path, rows, bad = files[0], [], []
-    for number, name, c, *sides in common.check_rows(path, common.json_lines(path), ["c", "winner", "loser"]):
+    for number, name, c, *sides in check_rows(path, json_lines(path), ["c", "winner", "loser"]):
         winner, loser = (os.path.join(os.path.dirname(path), file) for file in sides)
         rows.append(dict(id=name, c=c, c_minus=None, winner=winner, loser=loser))
         if not (c and os.path.isfile(winner) and os.path.isfile(loser) and not filecmp.cmp(winner, loser, False)):
             bad.append(f"{path}:{number}: c is empty, winner and loser are the same image, or one of {sides} is not "
                        "there")
-    common.stop_if_bad(path, bad)
+    stop_if_bad(path, bad)
     return rows
 
 
@@ -83,7 +83,7 @@ def read_pick_a_pic(files):
     FILE/ROW GROUP/ROW/COLUMN. Ties, and what else is no comparison, are left out and counted."""
     rows, left_out, number = [], collections.Counter(), 0
     for path in files:
-        for group, k, row in common.parquet_rows(path, ["caption", "label_0"], ["are_different"]):
+        for group, k, row in parquet_rows(path, ["caption", "label_0"], ["are_different"]):
             number += 1
             if row["label_0"] not in (0, 1):
                 left_out["ties"] += 1
@@ -93,7 +93,7 @@ def read_pick_a_pic(files):
                 best, place = 0 if row["label_0"] == 1 else 1, f"{path}/{group}/{k}/jpg_"
                 rows.append(dict(id=f"{number:06d}", c=row["caption"].strip(), c_minus=None,
                                  winner=f"{place}{best}", loser=f"{place}{1 - best}"))
-    for which, n in left_out.items() if common.is_first() else ():
+    for which, n in left_out.items() if is_first() else ():
         print(f"left out {n} of {number} pairs: {which}")
     return rows
 
@@ -110,7 +110,7 @@ class Images:
                 return file.read()
         path, group, row, column = name.rsplit("/", 3)
         if self.place != (path, group) or int(row) < self.row:
-            self.rows = common.parquet_rows(path, ["jpg_0", "jpg_1"], group=int(group), at_once=16)
+            self.rows = parquet_rows(path, ["jpg_0", "jpg_1"], group=int(group), at_once=16)
             self.place, self.row = (path, group), -1
         while self.row < int(row):
             _, self.row, self.cells = next(self.rows)
@@ -195,24 +195,24 @@ def begin_store(args, rows, model):
         settings |= dict(sampler=type(model.pipe.scheduler).__name__, steps=args.steps, guidance=args.guidance,
                          seed=args.seed)
     placed = [row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows)]
-    text = common.to_lines(placed)
-    notes = dict(model=args.model, table=common.checksum_of(text),
+    text = to_lines(placed)
+    notes = dict(model=args.model, table=checksum_of(text),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
     meta, table = os.path.join(args.out, "meta.json"), os.path.join(args.out, "pairs.jsonl")
     begun = read_meta(args.out) if os.path.exists(meta) else None
     if not begun and not args.from_images:
         limit = max(model.max_tokens.values(), default=model.pipe.tokenizer.model_max_length)
-        common.stop_if_bad(args.prompts, [f"{args.prompts}: {name}: c and c_minus are the same in the {limit} tokens "
+        stop_if_bad(args.prompts, [f"{args.prompts}: {name}: c and c_minus are the same in the {limit} tokens "
                                           "that the model reads" for name in models.same_tokens(model, rows)])
-    common.same_settings(meta, settings, notes)
+    same_settings(meta, settings, notes)
     if begun and begun["table"] != notes["table"]:
         raise UserError(f"{args.out} was begun with other prompts than {args.from_images or args.prompts} has: use the "
                         "same again, or another --out.")
     if not os.path.exists(table):
-        common.write_file(table, text)
+        write_file(table, text)
     empty = [row for row in rows if row["c_minus"] == ""]
     if empty:
-        print(f"{common.count(empty, 'pair')} of {len(rows)} with an empty c_minus, which is the null prompt")
+        print(f"{count(empty, 'pair')} of {len(rows)} with an empty c_minus, which is the null prompt")
 
 
 # ---- looking at them
@@ -240,7 +240,7 @@ def inspect(folder):
     model = models.load(store.meta["model"])
     problems = check_store(store, model)
     if problems:
-        raise UserError("\n".join([*problems, f"{folder}: {common.count(problems, 'problem')}."]))
+        raise UserError("\n".join([*problems, f"{folder}: {count(problems, 'problem')}."]))
     some = [store[i] for i in np.linspace(0, len(store) - 1, min(256, len(store))).astype(int)]
     shown, columns, shares = some[::max(1, len(some) // 4)][:4], [], (0, 5, 50, 95, 100)
     for name, side, key in (("x_0_w", 1, "c"), ("x_0_l", 2, "c_minus")):
@@ -299,13 +299,13 @@ def main(argv=None):
     rows = read_image_pairs(args.from_images) if args.from_images else read_perturbed(args.prompts, args.seed)
     if not rows:
         raise UserError(f"{args.from_images or args.prompts} has no pairs in it.")
-    with common.processes(args.out) as (rank, world, device):
+    with processes(args.out) as (rank, world, device):
         model = models.load(args.model, device, torch.float16 if device.type == "cuda" else torch.float32)
         args.steps = args.steps or model.steps
         args.guidance = model.guidance if args.guidance is None else args.guidance
         if rank == 0:  # the first process alone begins the store
             begin_store(args, rows, model)
-        common.barrier()
+        barrier()
         if args.compile:
             model.net.compile()
         meta = read_meta(args.out)
@@ -318,18 +318,18 @@ def main(argv=None):
                 store.open_shard(s)
             if args.from_images:
                 check_images(shard_path(args.out, s), parts[s], images)
-        common.barrier()  # all have seen the same list of shards before any adds to them
+        barrier()  # all have seen the same list of shards before any adds to them
         mine = todo[rank::world]
         with tqdm(desc="pairs", total=sum(len(parts[s]) for s in mine), disable=rank > 0) as bar:
             for s in mine:
-                common.write_file(shard_path(args.out, s), make_shard(model, parts[s], args, bar, images))
-        common.barrier()
+                write_file(shard_path(args.out, s), make_shard(model, parts[s], args, bar, images))
+        barrier()
         if rank == 0:
             if todo or not store:
-                meta["checksums"] = [common.checksum(shard_path(args.out, s)) for s in parts]
-                common.write_file(os.path.join(args.out, "meta.json"), json.dumps(meta, indent=1) + "\n")
-            print(f"wrote {args.out}: {common.count(rows, 'pair')} in {common.count(parts, 'shard')}" if todo else
-                  f"{args.out} is complete: {common.count(rows, 'pair')}; nothing was done")
+                meta["checksums"] = [checksum(shard_path(args.out, s)) for s in parts]
+                write_file(os.path.join(args.out, "meta.json"), json.dumps(meta, indent=1) + "\n")
+            print(f"wrote {args.out}: {count(rows, 'pair')} in {count(parts, 'shard')}" if todo else
+                  f"{args.out} is complete: {count(rows, 'pair')}; nothing was done")
             method = (["--objective", "diffusion-dpo"] if args.from_images else
                       ["--negatives", "rand-positive"] if args.negatives == "none" else [])
             print("next: " + shlex.join(["python", "train.py", "--model", args.model, "--pairs", args.out, *method]))

@@ -30,13 +30,13 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from tqdm import tqdm
 
-import common
-import models
-import plots
-from common import UserError, at_least, program
 from judges import compbench, fid, geneval, preference, shapes
 from judges.table import FIXED, in_a_line, make_table, note_scores, read_coco, read_scores, read_settings
-from loading import load_part, naming
+from lib import models, plots
+from lib.files import UserError, checksum, checksum_of, json_lines, same_settings, text_lines, to_lines, write_file
+from lib.loading import load_part, naming
+from lib.processes import at_least, barrier, holding, place, processes, program
+from lib.prompts import check_rows
 
 BENCHMARKS = {  # (images, the list of them, {file in scores/: (the groups that it judges or None for all, its loader)})
     "geneval": (2212, geneval.items, {"geneval": (None, geneval.load)}),
@@ -80,7 +80,7 @@ def settings_of(model, args):
     hold another run's tomorrow."""
     fingerprint = models.fingerprint(model)
     if args.unet:
-        fingerprint = common.checksum_of("".join([fingerprint, *map(common.checksum, model.unet_files)]))[:16]
+        fingerprint = checksum_of("".join([fingerprint, *map(checksum, model.unet_files)]))[:16]
     fixed = dict(fingerprint=fingerprint, steps=model.steps, guidance=model.guidance, seed=args.seed,
                  sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
                  pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)
@@ -92,7 +92,7 @@ def settings_of(model, args):
 
 def digest(rows):
     """A checksum of a benchmark's list of images."""
-    return common.checksum_of(json.dumps([[row["path"], row["prompt"]] for row in rows]))
+    return checksum_of(json.dumps([[row["path"], row["prompt"]] for row in rows]))
 
 
 def add_lists(path, lists):
@@ -101,7 +101,7 @@ def add_lists(path, lists):
     for bench, prompts in lists.items():
         if found["lists"].setdefault(bench, prompts) != prompts:
             raise UserError(f"{path} is of images from other prompts of {bench}: give another folder.")
-    common.write_file(path, json.dumps(found, indent=1) + "\n")
+    write_file(path, json.dumps(found, indent=1) + "\n")
 
 
 # ---- generate
@@ -147,14 +147,14 @@ def sample_images(model, prompts, seeds, steps, guidance):
 
 def generate(args):
     """Writes all images of the benchmarks --bench that are not there yet."""
-    with common.processes(args.out) as (rank, world, device):
+    with processes(args.out) as (rank, world, device):
         rows = {bench: list_images(bench, args.data) for bench in args.bench}
         model = load_model(args.model, args, device, args.unet)
         if rank == 0:
             path = os.path.join(args.out, "settings.json")
-            common.same_settings(path, *settings_of(model, args))
+            same_settings(path, *settings_of(model, args))
             add_lists(path, {bench: digest(rows[bench]) for bench in rows})
-        common.barrier()  # no process writes an image before the first one has found that it belongs here
+        barrier()  # no process writes an image before the first one has found that it belongs here
         for bench in rows:
             write_images(bench, rows[bench], model, args, rank, world)
     if rank == 0:
@@ -169,7 +169,7 @@ def write_images(bench, rows, model, args, rank, world):
     if bench == "geneval" and rank == 0:
         for row in rows[::4]:
             folder = os.path.dirname(os.path.dirname(os.path.join(args.out, row["path"])))
-            common.write_file(os.path.join(folder, "metadata.jsonl"), json.dumps(row["metadata"]) + "\n")
+            write_file(os.path.join(folder, "metadata.jsonl"), json.dumps(row["metadata"]) + "\n")
     with ThreadPoolExecutor(THREADS) as pool:
         writing = ()
         for start in tqdm(range(0, len(rows), args.batch_size)[rank::world], f"generate {bench}", disable=rank > 0):
@@ -195,7 +195,7 @@ def save_image(image, path):
         image = Image.open(large).resize((256, 256))
     file = io.BytesIO()
     image.save(file, "PNG" if path.endswith(".png") else "JPEG", compress_level=1)  # of PNG: fast, a little larger
-    common.write_file(path, file.getvalue())
+    write_file(path, file.getvalue())
 
 
 # ---- score
@@ -203,12 +203,12 @@ def save_image(image, path):
 
 def score(args):
     """Judges all images of the runs; a missing image is an error. A process of several takes its share of judges."""
-    rank, world, device = common.place()
+    rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
     jobs = [job for run in runs for job in find_jobs(run, args)][rank::world]
     with contextlib.ExitStack() as locks:
         for job in jobs:
-            locks.enter_context(common.holding(job.folder))
+            locks.enter_context(holding(job.folder))
             begin(job)
         loaders = {job.name: job.load for job in jobs if job.rows}
         for load in list(loaders.values())[1:]:  # for nothing, but what a judge lacks is noticed now, not after hours
@@ -232,7 +232,7 @@ def find_jobs(run, args):
                             "evaluate.py generate would write them.")
         if not os.path.exists(path):
             unknown = dict.fromkeys((*FIXED, "model", "base", "versions"), "unknown")
-            common.write_file(path, json.dumps(unknown | dict(lists={})))
+            write_file(path, json.dumps(unknown | dict(lists={})))
         if read_settings(path)["fingerprint"] != "unknown":
             raise UserError(f"--foreign: the images in {run} were made by evaluate.py generate. Score them without it.")
         add_lists(path, {bench: digest(list_images(bench, args.data)) for bench in asked})
@@ -266,7 +266,7 @@ def begin(job):
     note_scores(job.folder, job.settings, job.bench, dict(judge=WEIGHTS[job.name]) | versions)
     if job.name == "coco":
         sums = checksums(job.run, [row["path"] for row in job.rows])
-        job.images = common.checksum_of("".join(sums))
+        job.images = checksum_of("".join(sums))
         job.rows = [] if read_coco(job.run).get("images") == job.images else job.rows
     else:
         found = read_scores(job.run, job.name)
@@ -282,14 +282,14 @@ def begin(job):
 def checksums(run, paths):
     """Of images in a run."""
     with ThreadPoolExecutor(THREADS) as pool:
-        return [found[:16] for found in pool.map(common.checksum, [os.path.join(run, path) for path in paths])]
+        return [found[:16] for found in pool.map(checksum, [os.path.join(run, path) for path in paths])]
 
 
 def judged(job, device, args):
     """Yields (row, what the judge found) for each image. Threads open a batch while the one before it is judged."""
     def read(row):
         path = os.path.join(job.run, row["path"])
-        return open_image(path, 256 if job.name == "coco" else job.settings["pixels"]), common.checksum(path)[:16]
+        return open_image(path, 256 if job.name == "coco" else job.settings["pixels"]), checksum(path)[:16]
 
     judge = job.load(device, args.data)
     batches = [job.rows[i:i + args.batch_size] for i in range(0, len(job.rows), args.batch_size)]
@@ -306,12 +306,12 @@ def write_scores(job, device, args):
     scores/coco.json, once all images have been seen."""
     if job.name == "coco":
         found = fid.summary([found for _, found in judged(job, device, args)], args.data)
-        return common.write_file(job.folder + ".json", json.dumps(found | dict(images=job.images)) + "\n")
-    common.write_file(job.folder + ".jsonl", common.to_lines(job.done.values()))  # without an unfinished line
+        return write_file(job.folder + ".json", json.dumps(found | dict(images=job.images)) + "\n")
+    write_file(job.folder + ".jsonl", to_lines(job.done.values()))  # without an unfinished line
     with open(job.folder + ".jsonl", "a", encoding="utf-8") as file:
         for row, found in judged(job, device, args):
             kept = {key: row[key] for key in ("path", "prompt", "group", "index", "kind") if key in row}
-            file.write(common.to_lines([kept | found]))
+            file.write(to_lines([kept | found]))
             file.flush()
 
 
@@ -333,8 +333,8 @@ def table(args):
     """Prints the runs beside each other and beside the paper's rows, and writes the same to --out and as JSON."""
     text, whole = make_table(list(dict.fromkeys(map(os.path.normpath, args.runs))), BENCHMARKS)
     path = os.path.splitext(args.out)[0] + ".json"
-    common.write_file(args.out, text + "\n")
-    common.write_file(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    write_file(args.out, text + "\n")
+    write_file(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     print(f"{text}\nwrote {args.out} and {path}")
 
 
@@ -342,11 +342,11 @@ def read_prompts(path):
     """The prompts of a text file, one a line, or of a .jsonl file, whose rows have `prompt` or `c`."""
     if path.lower().endswith((".json", ".csv", ".tsv", ".parquet")):
         raise UserError(f"{path} is no text file with a prompt in each line, and no .jsonl file.")
-    rows = ((number, dict(prompt=line)) for number, line in common.text_lines(path) if line)
+    rows = ((number, dict(prompt=line)) for number, line in text_lines(path) if line)
     if path.endswith(".jsonl"):
         rows = ((number, dict(prompt=row.get("prompt", row.get("c"))) if isinstance(row, dict) else row)
-                for number, row in common.json_lines(path))
-    return [prompt for _, _, prompt in common.check_rows(path, rows, ["prompt"])]
+                for number, row in json_lines(path))
+    return [prompt for _, _, prompt in check_rows(path, rows, ["prompt"])]
 
 
 def grid(args):

@@ -26,8 +26,9 @@ import random
 
 from tqdm import tqdm
 
-import common
-from common import UserError, at_least, program
+from lib.files import UserError, checksum_of, count, json_lines, same_settings, text_lines, to_lines, write_file
+from lib.processes import at_least, barrier, is_first, processes, program
+from lib.prompts import check_rows, parquet_rows
 
 
 def remove_words(c, seed=0, variant=0, low=0.4, high=0.7):
@@ -158,19 +159,19 @@ def rewrite_all(args, prompts):
     folder, instruction = args.out + ".parts", INSTRUCTIONS[args.strategy]
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
-    with common.processes(folder) as (rank, world, device):
+    with processes(folder) as (rank, world, device):
         if rank == 0:
-            common.same_settings(os.path.join(folder, "settings.json"), dict(
+            same_settings(os.path.join(folder, "settings.json"), dict(
                 strategy=args.strategy, perturb_seed=args.seed, llm=args.llm, batch_size=args.batch_size,
                 attempts=args.attempts, part=PART,
-                prompts=common.checksum_of(json.dumps([instruction, prompts]))))
-        common.barrier()
+                prompts=checksum_of(json.dumps([instruction, prompts]))))
+        barrier()
         todo = [(k, path) for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)]
         ask = load_llm(args.llm, instruction, args.batch_size, device) if todo else None
         for k, path in tqdm(todo, f"rewrite, {PART} prompts at a time", disable=rank > 0):
-            common.write_file(path, common.to_lines(rewrite(parts[path], ask, args.attempts, f"{args.seed} {k}")))
-        common.barrier()
-        return [row for path in parts for _, row in common.json_lines(path)]
+            write_file(path, to_lines(rewrite(parts[path], ask, args.attempts, f"{args.seed} {k}")))
+        barrier()
+        return [row for path in parts for _, row in json_lines(path)]
 
 
 # ---- the prompts
@@ -185,15 +186,15 @@ def read_prompts(source):
         raise UserError(f"there is no file {source}.")
     kind = os.path.splitext(source)[1]
     if kind == ".jsonl":
-        rows = common.json_lines(source)
+        rows = json_lines(source)
     elif kind == ".parquet":
-        rows = enumerate((row for *_, row in common.parquet_rows(source, ["prompt"], ["id"])), 1)
+        rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
     elif kind in (".txt", ""):
-        rows = ((number, dict(prompt=line)) for number, line in common.text_lines(source))
+        rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
     else:
         raise UserError(f"{source}: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl "
                         'file: pandas.read_csv("p.csv").to_json("p.jsonl", orient="records", lines=True)')
-    return common.check_rows(source, rows, ["prompt"])
+    return check_rows(source, rows, ["prompt"])
 
 
 def fetch_diffusiondb():
@@ -270,26 +271,26 @@ def is_ours(path):
     more in them."""
     always = {"id", "c", "strategy", "perturb_seed"}
     return all(isinstance(row, dict) and always <= row.keys() <= always | {"c_minus", "answer", "reason", "llm"}
-               for _, row in common.json_lines(path))
+               for _, row in json_lines(path))
 
 
 @program
 def main(argv=None):
     args = parse(argv)
     rewriting = args.strategy in INSTRUCTIONS
-    if not rewriting and not common.is_first():
+    if not rewriting and not is_first():
         return  # one process is enough to remove words
 
-    rows = tqdm(read_prompts(args.prompts), "read", disable=not common.is_first())
+    rows = tqdm(read_prompts(args.prompts), "read", disable=not is_first())
     prompts, different, short, repeated = choose(rows, 1 if rewriting else 2, args.limit, args.seed)
     fewest = "one word" if rewriting else "two words"
     if not prompts:
         raise UserError(f"{args.prompts} has no prompt of {fewest} or more; nothing was written.")
     for numbers, noun, more in ((short, "prompt", f" of fewer than {fewest}"), (repeated, "duplicate prompt", "")):
-        if numbers and common.is_first():
-            print(f"left out {common.count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
+        if numbers and is_first():
+            print(f"left out {count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
                   + ", ..." * (len(numbers) > 10))
-    if args.limit and common.is_first():
+    if args.limit and is_first():
         print(f"took {len(prompts)} of {different} different prompts")
 
     how = dict(strategy=args.strategy, perturb_seed=args.seed)
@@ -297,18 +298,18 @@ def main(argv=None):
         rows, how = rewrite_all(args, prompts), how | dict(llm=args.llm)
     else:
         rows = remove_all(prompts, args.seed, args.variants, args.low, args.high)
-    if not common.is_first():
+    if not is_first():
         return
     good = [row | how for row in rows if "c_minus" in row]
     rejected = [row | how for row in rows if "c_minus" not in row]
     if rewriting:
-        common.write_file(args.out + ".rejected.jsonl", common.to_lines(rejected))
+        write_file(args.out + ".rejected.jsonl", to_lines(rejected))
     if rejected:
-        print(f"rejected {common.count(rejected, 'prompt')}, after {args.attempts} unusable answers to each: "
+        print(f"rejected {count(rejected, 'prompt')}, after {args.attempts} unusable answers to each: "
               f"{args.out}.rejected.jsonl")
     if not good:
         raise UserError(f"{args.llm} gave no usable answer; {args.out} was not written.")
-    common.write_file(args.out, common.to_lines(good))
+    write_file(args.out, to_lines(good))
     print(f"wrote {args.out}: {len(good)} pairs of prompts")
 
 

@@ -27,19 +27,18 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import build_pairs
-import common
 import evaluate
-import models
 import perturb
-import plots
-import shapes_reference
 import train
-from common import at_least, program
-from judges import shapes as world
 from judges.fid import frechet
 from judges.shared import interval
-from pairs import PairStore
-from plots import plt
+from lib import models, plots
+from lib import shapes_world as world
+from lib.files import checksum, read_json, read_lines, same_settings, to_lines, write_file
+from lib.pairs import PairStore
+from lib.plots import plt
+from lib.processes import at_least, holding, program
+from studies import shapes_reference
 
 # ---- the experiment, by the commands that a user would give
 
@@ -66,14 +65,14 @@ def command(script, *flags):
 def perturbed(home, seed, pairs, *flags):
     """The rows (c, c_minus) of perturb.py for this seed's training prompts."""
     prompts, out = os.path.join(home, "prompts.txt"), os.path.join(home, "perturbed.jsonl")
-    common.write_file(prompts, "".join(p["caption"] + "\n" for p in world.make_prompts([seed, 1], pairs)))
+    write_file(prompts, "".join(p["caption"] + "\n" for p in world.make_prompts([seed, 1], pairs)))
     command(perturb, prompts, out, "--seed", seed, *flags)
-    return common.read_lines(out)
+    return read_lines(out)
 
 
 def make_pairs(home, rows, seed):
     """A pair store of these rows; its folder."""
-    common.write_file(os.path.join(home, "rows.jsonl"), common.to_lines(rows))
+    write_file(os.path.join(home, "rows.jsonl"), to_lines(rows))
     command(build_pairs, "--model", "shapes", "--prompts", os.path.join(home, "rows.jsonl"), "--out",
             os.path.join(home, "pairs"), "--steps", STEPS, "--guidance", GUIDANCE, "--batch-size", 64,
             "--seed", (seed + 1) * 100_000)
@@ -101,8 +100,8 @@ def score(path, name, seed, guidance, batch=100):
         found = [world.judge_image(image, p) for image, p in zip(images, prompts)]
         scored = dict(correct=[v["correct"] for v in found], reason=[v["reason"] for v in found],
                       frechet=frechet(*moments(model, np.stack(images)), *true_moments(seed)))
-        common.write_file(path, json.dumps(scored))
-    return common.read_json(path)
+        write_file(path, json.dumps(scored))
+    return read_json(path)
 
 
 def scores(place, name, folder, seed, guidances):
@@ -147,7 +146,7 @@ def experiment(home, seed, pairs, methods, guidances, curve=()):
 def variants(home, seed):
     """{name: the pair store}, from that of a seed's experiment: fewer pairs, losers from other noise, c_minus that lost
     little or much."""
-    whole, rows = os.path.join(home, "pairs"), common.read_lines(os.path.join(home, "rows.jsonl"))
+    whole, rows = os.path.join(home, "pairs"), read_lines(os.path.join(home, "rows.jsonl"))
     home, other = os.path.join(home, "variants"), {}
     for share in (0.2, 0.55):
         folder = os.path.join(home, f"{share:.0%}")
@@ -181,10 +180,10 @@ def select(winners, losers, chosen, out):
         losers = PairStore(losers)
         x_0_w, x_0_l = [PairStore(winners)[i][1] for i in chosen], [losers[i][2] for i in chosen]
         save_file(dict(x_0_w=torch.stack(x_0_w), x_0_l=torch.stack(x_0_l)), shard)
-        common.write_file(table, common.to_lines(dict(losers.rows[i], shard=0, row=k) for k, i in enumerate(chosen)))
-        common.write_file(os.path.join(out + ".partial", "meta.json"), json.dumps(
-            dict(losers.meta, pairs=len(chosen), shard_size=len(chosen), table=common.checksum(table),
-                 checksums=[common.checksum(shard)])))
+        write_file(table, to_lines(dict(losers.rows[i], shard=0, row=k) for k, i in enumerate(chosen)))
+        write_file(os.path.join(out + ".partial", "meta.json"), json.dumps(
+            dict(losers.meta, pairs=len(chosen), shard_size=len(chosen), table=checksum(table),
+                 checksums=[checksum(shard)])))
         os.replace(out + ".partial", out)
     return out
 
@@ -371,10 +370,10 @@ def main(argv=None):
         return shapes_reference.make_reference(args.reference, args.updates)
 
     home = os.path.join("runs", "shapes-full" if args.full else "shapes-grid" if args.grid else "shapes")
-    settings = dict(reference=common.checksum(os.path.join(REFERENCE, "unet", "diffusion_pytorch_model.safetensors")),
+    settings = dict(reference=checksum(os.path.join(REFERENCE, "unet", "diffusion_pytorch_model.safetensors")),
                     settings=json.dumps([SETTINGS, GUIDANCE, UPDATES_OF_TUNING, PROMPTS, QUICK_PAIRS, FULL_PAIRS]))
-    with common.holding(home):
-        common.same_settings(os.path.join(home, "settings.json"), settings)
+    with holding(home):
+        same_settings(os.path.join(home, "settings.json"), settings)
         if args.grid:
             return grid(home)
         seeds, pairs = (SEEDS, FULL_PAIRS) if args.full else (SEEDS[:1], QUICK_PAIRS)
@@ -391,7 +390,7 @@ def main(argv=None):
             text += "\n" + table_at_best(runs) + "\n" + table_of_variants(other)
             draw_front(runs, name + "-front.png")
             draw_few_pairs(other, name + "-pairs.png")
-        common.write_file(os.path.join(home, "table.md"), text + "\n")
+        write_file(os.path.join(home, "table.md"), text + "\n")
         print("\n" + text)
 
 

@@ -31,9 +31,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import program
+from lib.plots import plt, save_figure, try_path
+from lib.processes import program
 from loss import ddspo_loss, diffusion_dpo_loss, preference_loss
-from plots import plt, save_figure, try_path
 
 # ---- the world (a) and the data (b)
 

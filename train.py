@@ -29,13 +29,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import models
-import plots
-import runs
-from common import UserError, processes, program
-from experiments import announce, needs_c_minus, parse
+from lib import models, plots, runs
+from lib.files import UserError
+from lib.pairs import PairStore, misfit
+from lib.processes import processes, program
+from lib.settings import announce, needs_c_minus, parse
 from loss import ddspo_loss, diffusion_dpo_loss, dspo_loss, preference_loss
-from pairs import PairStore, misfit
 
 WEIGHT_DECAY = 1e-2  # of AdamW (the authors' released scripts)
 MAX_GRAD_NORM = 1.0  # guess: the default of the diffusers examples

@@ -20,8 +20,8 @@ import torch
 import transformers
 from PIL import Image
 
-from common import UserError, read_json
 from judges.shared import fetch_lines, from_hub, from_url, normalised, overlap, rename, unit
+from lib.files import UserError, read_json
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 LISTS = "https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/{}/examples/dataset/{}.txt"

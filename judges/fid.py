@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import UserError
 from judges.shared import BROKEN, fetch, fetch_text
+from lib.files import UserError
 
 NOTA = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/data"
 

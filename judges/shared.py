@@ -20,7 +20,7 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError
 
-from common import UserError
+from lib.files import UserError
 
 # ---- lists and networks
 

@@ -8,9 +8,9 @@
 import json
 import os
 
-from common import UserError, read_json, same_settings
 from judges import compbench
 from judges.shared import interval, per_prompt
+from lib.files import UserError, read_json, same_settings
 
 # ---- a run's folder
 

@@ -34,9 +34,10 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the programs are one folder up
 
 import build_pairs
-import models
 import train
-from common import UserError, at_least, program
+from lib import models
+from lib.files import UserError
+from lib.processes import at_least, program
 
 DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)

@@ -11,7 +11,7 @@ import tiny_models
 import torch
 
 import build_pairs
-import plots
+from lib import plots
 
 torch.set_num_threads(1)
 

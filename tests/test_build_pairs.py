@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import build_pairs
-import models
 import perturb
-import plots
 from build_pairs import check_store
-from common import UserError, checksum, holding
-from pairs import PairStore, shard_path
+from lib import models, plots
+from lib.files import UserError, checksum
+from lib.pairs import PairStore, shard_path
+from lib.processes import holding
 
 STEPS = ["--steps", "2", "--shard-size", "3"]
 DEFAULTS = dict(  # steps, guidance, sampler, factor, shift

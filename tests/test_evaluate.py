@@ -15,12 +15,11 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-import common
 import evaluate
-import models
-import plots
-from common import UserError, write_file
 from judges import compbench, fid, geneval, preference, shapes, shared, table
+from lib import models, plots
+from lib.files import UserError, write_file
+from lib.processes import holding
 
 
 @pytest.fixture(scope="module")
@@ -705,7 +704,7 @@ def test_what_a_judge_lacks_is_noticed_before_the_first_image(world, sd, judges,
 
 def test_several_processes_share_out_the_judges_and_lock_one_each(world, sd, judges, monkeypatch):
     generate(world, sd, "run", "--bench", "pick", "hps", "shapes")
-    with common.holding(str(world / "run" / "scores" / "hps")):
+    with holding(str(world / "run" / "scores" / "hps")):
         with pytest.raises(SystemExit, match="another process is writing into .*scores/hps"):
             score(world, "run", flags=["--bench", "hps"])
         score(world, "run", flags=["--bench", "pick"])
@@ -818,7 +817,7 @@ def test_a_table_and_a_grid_are_made_by_one_process(monkeypatch):
 
 
 def test_two_writers_and_a_lack_of_memory_end_in_one_sentence(world, sd, monkeypatch):
-    with common.holding(str(world / "run")), pytest.raises(SystemExit, match="another process is writing into"):
+    with holding(str(world / "run")), pytest.raises(SystemExit, match="another process is writing into"):
         generate(world, sd, "run", "--bench", "pick")
 
     def sample(*arguments):

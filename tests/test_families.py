@@ -12,10 +12,8 @@ from test_train import read_log
 
 import build_pairs
 import evaluate
-import models
-import plots
-import runs
 import train
+from lib import models, plots, runs
 
 FAMILIES = ["sd", "sd2", "sdxl", "sana", "sd3"]
 FLAGS = ["--batch-size", "4", "--micro-batch", "2", "--warmup", "0", "--lr", "1e-4", "--beta", "500", "--save-every", "2"]

@@ -21,12 +21,11 @@ from safetensors.torch import load_file, save_file
 from test_train import FLAGS, read_log, run, same, start, straight  # noqa: F401  (straight is a fixture)
 
 import build_pairs
-import common
-import models
-import runs
 import train
-from common import checksum
-from pairs import shard_path
+from lib import models, runs
+from lib.files import UserError, checksum
+from lib.pairs import shard_path
+from lib.processes import holding
 
 
 def error_of(function):
@@ -197,11 +196,11 @@ def test_adapters_that_do_not_fit_are_refused(sd, pairs, family_folders, tmp_pat
     run(sd, pairs, tmp_path / "w", *flags, objective="diffusion-dpo")
     adapter, note = str(tmp_path / "w" / "lora"), tmp_path / "w" / "lora" / "training.json"
     model = models.load(family_folders["sd2"])
-    with pytest.raises(common.UserError, match="--winner .* is an adapter of a model that predicts epsilon, not v_prediction"):
+    with pytest.raises(UserError, match="--winner .* is an adapter of a model that predicts epsilon, not v_prediction"):
         models.load_policy(adapter, "winner", model.net, model)
     for text, said in (("{", "training.json is not valid JSON"), ("[]", "training.json cannot be loaded"), ("{}", "without a training.json that names")):
         note.write_text(text)
-        with pytest.raises(common.UserError, match=said):
+        with pytest.raises(UserError, match=said):
             models.load(adapter)
 
 
@@ -223,7 +222,7 @@ def test_a_model_or_a_pair_store_is_no_folder_for_a_run(sd, pairs):
 
 
 def test_one_process_at_a_time_writes_into_a_folder(sd, pairs, tmp_path):
-    with common.holding(str(tmp_path)):
+    with holding(str(tmp_path)):
         assert "another process is writing" in error_of(lambda: run(sd, pairs, tmp_path, "--updates", 1))
     run(sd, pairs, tmp_path, "--updates", 1)
 

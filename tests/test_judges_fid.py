@@ -10,8 +10,8 @@ import tiny_judges
 import torch
 from PIL import Image
 
-from common import UserError
 from judges import fid
+from lib.files import UserError
 
 
 def test_the_distance_and_the_inception_score_are_the_official_ones():

@@ -16,9 +16,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
-import loading
-import models
-from common import UserError
+from lib import loading, models
+from lib.files import UserError
 
 PROMPTS = ["a red fox", "a blue cup on a hill"]
 T = torch.arange(1000)

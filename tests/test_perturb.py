@@ -20,9 +20,9 @@ import tokenizers
 import torch
 import transformers
 
-import common
 import perturb
-from common import UserError
+from lib.files import UserError
+from lib.processes import holding
 from perturb import read_answer, remove_words
 
 
@@ -406,7 +406,7 @@ def as_torchrun(world, function):
 
 def test_three_processes_write_what_one_writes(llm):
     def process(rank):
-        real = common.write_file
+        real = perturb.write_file
         mine = [f"three.jsonl.parts/part-{k:05d}.jsonl" for k in range(rank, 7, 3)]
         own = ["three.jsonl", "three.jsonl.rejected.jsonl", "three.jsonl.parts/settings.json"] if rank == 0 else []
 
@@ -415,7 +415,7 @@ def test_three_processes_write_what_one_writes(llm):
             time.sleep(0.1 * rank)  # the first one has to wait for the others
             real(path, text)
 
-        common.write_file = write_file
+        perturb.write_file = write_file
         perturb.main(["p.txt", "three.jsonl", "--strategy", "llama-aesthetic", "--llm", "tiny", "--attempts", "2"])
 
     codes, said = in_children(*as_torchrun(3, process))
@@ -490,8 +490,8 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_stays(llm):
 
 def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
     def stopped():
-        write_file = common.write_file
-        common.write_file = lambda path, text: os._exit(9) if path.endswith("part-00002.jsonl") else write_file(path, text)
+        write_file = perturb.write_file
+        perturb.write_file = lambda path, text: os._exit(9) if path.endswith("part-00002.jsonl") else write_file(path, text)
         llm("out.jsonl")
 
     assert in_children(stopped)[0] == [9]
@@ -501,7 +501,7 @@ def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
                         (["--strategy", "llama-alignment"], "strategy llama-aesthetic, not llama-alignment")):
         with pytest.raises(SystemExit, match=f"out.jsonl.parts was begun with {said}"):
             llm("out.jsonl", *flags)
-    with common.holding("out.jsonl.parts"), pytest.raises(SystemExit, match="another process is writing into out.jsonl.parts"):
+    with holding("out.jsonl.parts"), pytest.raises(SystemExit, match="another process is writing into out.jsonl.parts"):
         llm("out.jsonl")
     assert sorted(set(os.listdir("out.jsonl.parts")) - {".lock"}) == before and len(before) == 3
     assert llm("out.jsonl") == llm("expected.jsonl")

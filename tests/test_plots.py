@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plots
-from common import UserError
+from lib import plots
+from lib.files import UserError
 
 pytestmark = pytest.mark.curves
 

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
-import models
 import shapes
-import shapes_reference
-from common import read_lines
-from judges import shapes as world
-from pairs import PairStore
+from judges import shapes as judge
+from lib import models
+from lib import shapes_world as world
+from lib.files import read_lines
+from lib.pairs import PairStore
+from studies import shapes_reference
 
 # ---- the training of the reference
 
@@ -80,9 +81,9 @@ def test_a_cell_of_the_table_is_the_same_by_the_commands_of_evaluate(tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "PROMPTS", 400)
     every = shapes.scored_prompts(0)
-    assert [row["prompt"] for row in world.items("unused")] == [p["caption"] for p in every]
+    assert [row["prompt"] for row in judge.items("unused")] == [p["caption"] for p in every]
     monkeypatch.setattr(shapes, "scored_prompts", lambda seed: every[:20])
-    monkeypatch.setitem(evaluate.BENCHMARKS, "shapes", (20, lambda data: world.items(data)[:20], {"shapes": (None, world.load)}))
+    monkeypatch.setitem(evaluate.BENCHMARKS, "shapes", (20, lambda data: judge.items(data)[:20], {"shapes": (None, judge.load)}))
     evaluate.main("generate --model shapes --bench shapes --guidance 3 --seed 0 --out run --batch-size 20".split())
     evaluate.main(["score", "run"])
     judged = [row["correct"] for row in read_lines("run/scores/shapes.jsonl")]
@@ -133,7 +134,7 @@ def test_a_command_is_printed_as_a_shell_would_read_it(monkeypatch, capsys):
 
 
 def test_the_prompts_of_the_readme_are_those_that_shapes_py_makes_its_pairs_of():
-    with open(os.path.join(os.path.dirname(__file__), "prompts.txt"), encoding="utf-8") as file:
+    with open("examples/prompts.txt", encoding="utf-8") as file:
         assert file.read().splitlines() == [p["caption"] for p in world.make_prompts([shapes.SEEDS[0], 1], shapes.QUICK_PAIRS)]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import toy2d
-import toy2d_why
+from studies import toy2d_why
 
 
 @pytest.fixture(autouse=True)

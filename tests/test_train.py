@@ -21,13 +21,11 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import build_pairs
-import models
-import plots
-import runs
 import train
-from common import UserError, checksum
-from experiments import EXPERIMENTS, find_row
-from pairs import PairStore
+from lib import models, plots, runs
+from lib.files import UserError, checksum
+from lib.pairs import PairStore
+from lib.settings import EXPERIMENTS, find_row
 
 FLAGS = ["--batch-size", "4", "--warmup", "2", "--lr", "1e-4", "--beta", "500", "--save-every", "2"]
 

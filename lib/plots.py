@@ -7,10 +7,10 @@ import textwrap
 import matplotlib
 import numpy as np
 
-from common import UserError, json_lines, write_file
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen must be chosen first)
+
+from lib.files import UserError, json_lines, write_file
 
 
 def draw_grid(prompts, columns, path):

@@ -1,4 +1,4 @@
-"""common.py: errors as sentences, whole files, flags and processes."""
+"""lib/files.py and lib/processes.py: errors as sentences, whole files, flags and processes."""
 
 import argparse
 import io
@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import common
-from common import UserError
+from lib.files import UserError, read_json, read_lines, same_settings, save_state, to_lines, write_file
+from lib.processes import at_least, holding, processes, program
 
 
 @pytest.mark.parametrize("error, said", [
@@ -24,7 +24,7 @@ from common import UserError
     (torch.OutOfMemoryError("2 GiB"), "out of memory: give a smaller --batch-size.*--micro-batch.*2 GiB"),
     (KeyboardInterrupt(), "^stopped. The same command goes on from what was written, or begins anew where nothing was.$")])
 def test_a_program_ends_in_a_sentence_where_the_user_can_put_it_right(error, said):
-    @common.program
+    @program
     def main(argv=None):
         raise error
 
@@ -34,7 +34,7 @@ def test_a_program_ends_in_a_sentence_where_the_user_can_put_it_right(error, sai
 
 @pytest.mark.parametrize("bug", [ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError])
 def test_a_bug_keeps_its_traceback(bug):
-    @common.program
+    @program
     def main(argv=None):
         raise bug("a bug")
 
@@ -43,7 +43,7 @@ def test_a_bug_keeps_its_traceback(bug):
 
 
 def test_a_program_gives_its_flags_on_and_returns_what_main_returns():
-    @common.program
+    @program
     def main(argv=None):
         return argv
 
@@ -54,7 +54,7 @@ def test_characters_that_the_terminal_does_not_have_do_not_end_a_program(monkeyp
     shown = io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="cp1252", newline="\n"))
-        common.program(lambda argv=None: print("c⁻ of Bär 舟"))()
+        program(lambda argv=None: print("c⁻ of Bär 舟"))()
         assert shown.getvalue() == b"c? of B\xe4r ?\n"
 
 
@@ -65,12 +65,12 @@ def test_a_closed_pipe_ends_a_program_in_a_sentence(size, monkeypatch):
     with os.fdopen(into, "w") as closed, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", closed)
         with pytest.raises(SystemExit, match="^stopped, because nothing reads the output any more. The same command goes on"):
-            common.program(lambda argv=None: print("x" * size))()
+            program(lambda argv=None: print("x" * size))()
         sys.stdout.flush()  # as Python does at its end
 
 
 def test_an_error_stands_on_a_line_of_its_own_after_a_progress_bar(capsys):
-    @common.program
+    @program
     def main(argv=None):
         bar = tqdm(total=2)
         bar.update()
@@ -83,16 +83,16 @@ def test_an_error_stands_on_a_line_of_its_own_after_a_progress_bar(capsys):
 
 def test_a_file_appears_whole_or_not_at_all_and_with_its_folder(tmp_path):
     path = tmp_path / "new" / "file"
-    common.write_file(str(path), "ä")
+    write_file(str(path), "ä")
     assert path.read_bytes() == "ä".encode() and os.listdir(path.parent) == ["file"]
     with pytest.raises(TypeError):
-        common.write_file(str(path), 5)
+        write_file(str(path), 5)
     assert path.read_bytes() == "ä".encode()
 
 
 def test_a_full_disk_leaves_the_state_that_was_there_and_no_half_of_another(tmp_path, monkeypatch):
     path = str(tmp_path / "state.pt")
-    common.save_state(path, dict(update=1))
+    save_state(path, dict(update=1))
     real = torch.save
 
     def save(state, partial):
@@ -102,48 +102,48 @@ def test_a_full_disk_leaves_the_state_that_was_there_and_no_half_of_another(tmp_
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         with pytest.raises(OSError, match="state.pt: the disk may be full"):
-            common.save_state(path, dict(update=2))
+            save_state(path, dict(update=2))
     assert torch.load(path) == dict(update=1) and os.listdir(tmp_path) == ["state.pt"]
 
 
 def test_bad_json_is_named_by_file_and_line(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(UserError, match="a.json is not valid JSON"):
-        common.read_json(str(tmp_path / "a.json"))
+        read_json(str(tmp_path / "a.json"))
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[2]\n')
     with pytest.raises(UserError, match=r"a.jsonl:3: not a JSON object: \[2\]"):
-        common.read_lines(str(tmp_path / "a.jsonl"))
+        read_lines(str(tmp_path / "a.jsonl"))
     rows = [dict(a="ö"), dict(b=None)]
-    (tmp_path / "a.jsonl").write_text("\ufeff" + common.to_lines(rows), encoding="utf-8")  # as Windows' editors write it
-    assert common.read_lines(str(tmp_path / "a.jsonl")) == rows
+    (tmp_path / "a.jsonl").write_text("\ufeff" + to_lines(rows), encoding="utf-8")  # as Windows' editors write it
+    assert read_lines(str(tmp_path / "a.jsonl")) == rows
 
 
 def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
     path = str(tmp_path / "settings.json")
-    common.same_settings(path, dict(a=1, b="x"))
+    same_settings(path, dict(a=1, b="x"))
     before = os.stat(path).st_mtime_ns
-    common.same_settings(path, dict(a=1))
+    same_settings(path, dict(a=1))
     assert json.load(open(path)) == dict(a=1, b="x") and os.stat(path).st_mtime_ns == before
     with pytest.raises(UserError, match="was begun with b x, not y: use the same again"):
-        common.same_settings(path, dict(a=1, b="y"))
+        same_settings(path, dict(a=1, b="y"))
     with pytest.raises(UserError, match="was begun with other weights than now: use the same again"):
-        common.same_settings(path, dict(weights="0123456789abcdef"))
-    common.write_file(path, json.dumps(dict(weights="fedcba9876543210")))
+        same_settings(path, dict(weights="0123456789abcdef"))
+    write_file(path, json.dumps(dict(weights="fedcba9876543210")))
     with pytest.raises(UserError, match=f"^{tmp_path} was begun with other weights than now: use the same again, or another folder.$"):
-        common.same_settings(path, dict(weights="0123456789abcdef"))
+        same_settings(path, dict(weights="0123456789abcdef"))
     with pytest.raises(UserError, match=f"^{tmp_path} holds other files and no new.json: move it away"):
-        common.same_settings(str(tmp_path / "new.json"), dict(a=1))
+        same_settings(str(tmp_path / "new.json"), dict(a=1))
     os.remove(path)
     (tmp_path / ".lock").touch()
     (tmp_path / "new.json.partial").touch()
-    common.same_settings(path, dict(a=1), dict(note=2))
-    common.same_settings(path, dict(a=1), dict(note=3))
+    same_settings(path, dict(a=1), dict(note=2))
+    same_settings(path, dict(a=1), dict(note=3))
     assert json.load(open(path)) == dict(note=2, a=1)
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (common.at_least(1), ["1", "30"], ["0", "-1", "1.5", "x"]), (common.at_least(0, float, 8), ["0", "7.5", "8"], ["-0.1", "inf", "nan", "8.1", "1e9"]),
-    (common.at_least(1e-6, float, 1e6), ["1e-6", "3"], ["0", "-1", "nan", "inf", "1e-7"])])
+    (at_least(1), ["1", "30"], ["0", "-1", "1.5", "x"]), (at_least(0, float, 8), ["0", "7.5", "8"], ["-0.1", "inf", "nan", "8.1", "1e9"]),
+    (at_least(1e-6, float, 1e6), ["1e-6", "3"], ["0", "-1", "nan", "inf", "1e-7"])])
 def test_numbers_out_of_range_are_no_flags(kind, good, bad):
     for text in good:
         assert kind(text) == float(text)
@@ -155,11 +155,11 @@ def test_numbers_out_of_range_are_no_flags(kind, good, bad):
 def test_alone_there_is_one_process_and_it_holds_the_folder(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with common.processes(str(tmp_path / "new")) as (rank, world, device):
+    with processes(str(tmp_path / "new")) as (rank, world, device):
         assert (rank, world) == (0, 1) and device.type in ("cpu", "cuda")
-        with pytest.raises(UserError, match="another process is writing into .*new"), common.holding(str(tmp_path / "new")):
+        with pytest.raises(UserError, match="another process is writing into .*new"), holding(str(tmp_path / "new")):
             pass
-    with common.holding(str(tmp_path / "new")):
+    with holding(str(tmp_path / "new")):
         pass
     assert "RANK" not in os.environ
 
@@ -168,16 +168,16 @@ def test_a_folder_held_by_another_process_is_free_when_that_is_killed(tmp_path):
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
-        with common.holding(str(tmp_path)):
+        with holding(str(tmp_path)):
             os.write(into, b"held")
             time.sleep(60)
         os._exit(0)
     assert os.read(out, 4) == b"held"
     try:
-        with pytest.raises(UserError, match="another process is writing into"), common.holding(str(tmp_path)):
+        with pytest.raises(UserError, match="another process is writing into"), holding(str(tmp_path)):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with common.holding(str(tmp_path)):
+    with holding(str(tmp_path)):
         pass

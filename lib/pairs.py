@@ -12,8 +12,8 @@ import os
 
 from safetensors import SafetensorError, safe_open
 
-import models
-from common import UserError, checksum, read_json, read_lines
+from lib import models
+from lib.files import UserError, checksum, read_json, read_lines
 
 
 class PairStore:

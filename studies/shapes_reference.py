@@ -21,8 +21,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common import holding, save_state, write_file
-from judges import shapes as world
+from lib import shapes_world as world
+from lib.files import save_state, write_file
+from lib.processes import holding
 
 SEED, IMAGES, AUTOENCODER_UPDATES, UPDATES, VALIDATION_PROMPTS = 0, 131072, 4000, 12000, 100
 WRONG_CAPTIONS = 0.5  # guess: half of the captions have one thing wrong, as on the web

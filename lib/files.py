@@ -1,0 +1,111 @@
+"""Files: whole or not at all, checked where they are read; and errors as sentences."""
+
+import hashlib
+import json
+import os
+import re
+
+import torch
+
+
+class UserError(ValueError):
+    """Something that the user can put right. Its text is a sentence that names the file, line or flag."""
+
+
+def write_file(path, content):
+    """Writes text or bytes, whole or not at all, and makes the folder if there is none."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        with open(path + ".partial", "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.replace(path + ".partial", path)
+    except OSError as error:  # of a full disk it does not name the file
+        if os.path.isfile(path + ".partial"):
+            os.remove(path + ".partial")
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def save_state(path, state):
+    """torch.save, whole or not at all."""
+    try:
+        torch.save(state, path + ".partial")
+    except RuntimeError as error:  # this is how torch reports a full disk, and it does not name the file
+        os.remove(path + ".partial")
+        raise OSError(f"torch could not write all of {path}: the disk may be full") from error
+    os.replace(path + ".partial", path)
+
+
+def read_json(path):
+    """The value in a JSON file. Raises UserError where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from None
+
+
+def text_lines(path):
+    """Yields (number, line) for each line of a text file. What is not UTF-8 becomes half characters, the zeros of
+    UTF-16 too, and check_rows names them."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.strip().replace("\0", "\udc00")
+
+
+def json_lines(path):
+    """Yields (number, value) for each line of a .jsonl file. A line that is not JSON gives its text."""
+    for number, line in text_lines(path):
+        if line:
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, line
+
+
+def read_lines(path):
+    """The rows of a .jsonl file, a list of dicts. Raises UserError with the number of a line that is none."""
+    rows = []
+    for number, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: not a JSON object: {str(row)[:80]}")
+        rows.append(row)
+    return rows
+
+
+def count(things, noun):
+    """How many there are, in words: 1 line, 2 lines."""
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
+
+
+def to_lines(rows):
+    """The text of a .jsonl file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def checksum(path):
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum_of(text):
+    """The sha256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def same_settings(path, settings, notes=()):
+    """Writes what a folder is made with, and dict(notes) beside it. Raises UserError if the folder was begun with other
+    settings, or if other files are in it already."""
+    folder = os.path.dirname(path)
+    if not os.path.exists(path):
+        if any(name != ".lock" and not name.endswith(".partial") for name in os.listdir(folder)):
+            raise UserError(f"{folder} holds other files and no {os.path.basename(path)}: move it away, or give "
+                            "another name.")
+        return write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
+    found = read_json(path)
+    for key, value in settings.items():
+        if found.get(key) != value:
+            what = f"{key} {found.get(key)}, not {value}"
+            if re.fullmatch("None|[0-9a-f]{16,}", str(found.get(key))):  # a checksum, which says nothing to a reader
+                what = f"other {key} than now"
+            raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")

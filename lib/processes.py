@@ -1,0 +1,111 @@
+"""What has nothing to do with the method: how a program ends, its flags, and its processes."""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import io
+import math
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from lib.files import UserError
+
+AGAIN = "The same command goes on from what was written, or begins anew where nothing was."
+
+
+def program(main):
+    """Ends main with a sentence where the user can put it right; a bug keeps its traceback."""
+    @functools.wraps(main)
+    def run(argv=None):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
+        try:
+            result = main(argv)
+            sys.stdout.flush()
+            return result
+        except UserError as error:
+            message = str(error)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails too
+            message = "stopped, because nothing reads the output any more. " + AGAIN
+        except torch.OutOfMemoryError as error:
+            message = ("out of memory: give a smaller --batch-size, or to train.py a smaller --micro-batch, "
+                       f"--checkpointing, --lora-rank or --fsdp. {error}")
+        except (OSError, SafetensorError) as error:
+            message = (f"cannot read or write: {error}. What was written before is kept: run the same command again "
+                       "when this is solved.")
+        except KeyboardInterrupt:
+            message = "stopped. " + AGAIN
+        sys.exit(message)  # here the error and what it held are gone, so that a progress bar has ended its line
+    return run
+
+
+# ---- flags
+
+
+def at_least(low, kind=int, high=math.inf):
+    """An argparse type: a finite number that is not below `low`, and not above `high`."""
+    def number(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be {low:g} or more, not {text}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be {high:g} or less, not {text}")
+        return value
+    return number
+
+
+# ---- processes
+
+
+@contextlib.contextmanager
+def holding(folder):
+    """Makes a folder and holds it for this process alone. Raises UserError if another process holds it."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with FileLock(os.path.join(folder, ".lock"), timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another process is writing into {folder}: wait until it ends, or stop it.") from None
+
+
+def place():
+    """(rank, number of processes, device) of this process as torchrun gives them, or of the only one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return rank, world, device
+
+
+@contextlib.contextmanager
+def processes(folder, hours=24):
+    """What `place` gives, with the processes connected. The first process alone holds `folder`. A process may wait so
+    many hours for another."""
+    rank, world, device = place()
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=hours))
+    with holding(folder) if rank == 0 else contextlib.nullcontext():
+        yield rank, world, device
+        barrier()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def is_first():
+    """Whether this is the first process, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def barrier():
+    """Waits for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
