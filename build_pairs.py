@@ -30,7 +30,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from lib import models, plots
-from lib.files import UserError, checksum, checksum_of, count, json_lines, same_settings, to_lines, write_file
+from lib.files import UserError, checksum, count, json_lines, same_settings, text_checksum, to_lines, write_file
 from lib.pairs import PairStore, misfit, read_meta, shard_path
 from lib.processes import at_least, barrier, is_first, processes, program
 from lib.prompts import check_rows, parquet_rows, stop_if_bad
@@ -188,7 +188,7 @@ def check_images(path, rows, images):
 
 def begin_store(args, rows, model):
     """Writes meta.json and pairs.jsonl, or raises UserError if the store was begun with something else."""
-    settings = dict(weights=models.fingerprint(model), latents=list(model.latent_shape),
+    settings = dict(weights=models.model_checksum(model), latents=list(model.latent_shape),
                     scale=models.latent_scale(model), dtype=str(model.dtype).removeprefix("torch."), pairs=len(rows),
                     shard_size=args.shard_size, negatives=args.negatives)
     if not args.from_images:
@@ -196,7 +196,7 @@ def begin_store(args, rows, model):
                          seed=args.seed)
     placed = [row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows)]
     text = to_lines(placed)
-    notes = dict(model=args.model, table=checksum_of(text),
+    notes = dict(model=args.model, table=text_checksum(text),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
     meta, table = os.path.join(args.out, "meta.json"), os.path.join(args.out, "pairs.jsonl")
     begun = read_meta(args.out) if os.path.exists(meta) else None

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from judges import compbench, fid, geneval, preference, shapes
 from judges.table import FIXED, in_a_line, make_table, note_scores, read_coco, read_scores, read_settings
 from lib import models, plots
-from lib.files import UserError, checksum, checksum_of, json_lines, same_settings, text_lines, to_lines, write_file
+from lib.files import UserError, checksum, json_lines, same_settings, text_checksum, text_lines, to_lines, write_file
 from lib.loading import load_part, naming
 from lib.processes import at_least, barrier, holding, place, processes, program
 from lib.prompts import check_rows
@@ -78,9 +78,9 @@ def list_images(bench, data):
 def settings_of(model, args):
     """(what images depend on, what else is worth knowing). The model is known by its fingerprint, because a path may
     hold another run's tomorrow."""
-    fingerprint = models.fingerprint(model)
+    fingerprint = models.model_checksum(model)
     if args.unet:
-        fingerprint = checksum_of("".join([fingerprint, *map(checksum, model.unet_files)]))[:16]
+        fingerprint = text_checksum("".join([fingerprint, *map(checksum, model.unet_files)]))[:16]
     fixed = dict(fingerprint=fingerprint, steps=model.steps, guidance=model.guidance, seed=args.seed,
                  sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
                  pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)
@@ -92,7 +92,7 @@ def settings_of(model, args):
 
 def digest(rows):
     """A checksum of a benchmark's list of images."""
-    return checksum_of(json.dumps([[row["path"], row["prompt"]] for row in rows]))
+    return text_checksum(json.dumps([[row["path"], row["prompt"]] for row in rows]))
 
 
 def add_lists(path, lists):
@@ -266,7 +266,7 @@ def begin(job):
     note_scores(job.folder, job.settings, job.bench, dict(judge=WEIGHTS[job.name]) | versions)
     if job.name == "coco":
         sums = checksums(job.run, [row["path"] for row in job.rows])
-        job.images = checksum_of("".join(sums))
+        job.images = text_checksum("".join(sums))
         job.rows = [] if read_coco(job.run).get("images") == job.images else job.rows
     else:
         found = read_scores(job.run, job.name)

@@ -26,7 +26,7 @@ import random
 
 from tqdm import tqdm
 
-from lib.files import UserError, checksum_of, count, json_lines, same_settings, text_lines, to_lines, write_file
+from lib.files import UserError, count, json_lines, same_settings, text_checksum, text_lines, to_lines, write_file
 from lib.processes import at_least, barrier, is_first, processes, program
 from lib.prompts import check_rows, parquet_rows
 
@@ -164,7 +164,7 @@ def rewrite_all(args, prompts):
             same_settings(os.path.join(folder, "settings.json"), dict(
                 strategy=args.strategy, perturb_seed=args.seed, llm=args.llm, batch_size=args.batch_size,
                 attempts=args.attempts, part=PART,
-                prompts=checksum_of(json.dumps([instruction, prompts]))))
+                prompts=text_checksum(json.dumps([instruction, prompts]))))
         barrier()
         todo = [(k, path) for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)]
         ask = load_llm(args.llm, instruction, args.batch_size, device) if todo else None

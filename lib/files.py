@@ -88,9 +88,18 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksum_of(text):
+def text_checksum(text):
     """The sha256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def difference(found, wanted):
+    """The first entry of `wanted` that `found` has otherwise, in words; None if there is none."""
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            if re.fullmatch("None|[0-9a-f]{16,}", str(found.get(key))):  # a checksum says nothing to a reader
+                return f"other {key} than now"
+            return f"{key} {found.get(key)}, not {value}"
 
 
 def same_settings(path, settings, notes=()):
@@ -101,11 +110,6 @@ def same_settings(path, settings, notes=()):
         if any(name != ".lock" and not name.endswith(".partial") for name in os.listdir(folder)):
             raise UserError(f"{folder} holds other files and no {os.path.basename(path)}: move it away, or give "
                             "another name.")
-        return write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
-    found = read_json(path)
-    for key, value in settings.items():
-        if found.get(key) != value:
-            what = f"{key} {found.get(key)}, not {value}"
-            if re.fullmatch("None|[0-9a-f]{16,}", str(found.get(key))):  # a checksum, which says nothing to a reader
-                what = f"other {key} than now"
-            raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")
+        write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
+    elif what := difference(read_json(path), settings):
+        raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")

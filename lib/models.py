@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from safetensors import SafetensorError
 
-from lib.files import UserError, checksum, checksum_of, read_json
+from lib.files import UserError, checksum, read_json, text_checksum
 from lib.loading import WITHOUT, download, load_part, naming, stored_dtype
 
 PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -280,7 +280,7 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, net_device=Non
     return model
 
 
-def fingerprint(model):
+def model_checksum(model):
     """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of its weight files on disk and
     those of its adapter, of its scheduler's settings and of the shape of its latents."""
     files = []
@@ -291,7 +291,7 @@ def fingerprint(model):
     scheduler = {key: value for key, value in model.pipe.scheduler.config.items() if not key.startswith("_")}
     parts = [*map(checksum, files), type(model.pipe.scheduler).__name__,
              json.dumps(scheduler, sort_keys=True, default=str), str(model.latent_shape)]
-    return checksum_of("\n".join(parts))[:16]
+    return text_checksum("\n".join(parts))[:16]
 
 
 # ---- the same for all families

@@ -1,4 +1,4 @@
-"""Pictures: the grid of Fig. 3, the pairs of a store and the curves of a run. A file appears whole or not at all."""
+"""Pictures (the grid of Fig. 3, the pairs of a store, the curves of a run) and tables. A file appears whole or not at all."""
 
 import io
 import os
@@ -75,6 +75,11 @@ def draw_curves(path):
     for axis in axes.flat[len(panels):]:
         axis.remove()
     save_figure(figure, os.path.join(os.path.dirname(path), "curves.png"))
+
+
+def markdown_table(head, rows):
+    """A Markdown table as text: the cells of its head, and those of each row."""
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def save_figure(figure, path):

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lib import models, plots
-from lib.files import UserError, checksum, checksum_of, save_state, write_file
+from lib.files import UserError, checksum, save_state, text_checksum, write_file
 
 BANDS = 10  # of time steps, in the log
 FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", "batch_size", "precision", "seed")
@@ -72,8 +72,8 @@ def identity_of(args, store, model):
             files[f"other weights of --{role}"] = [*map(checksum, sorted(weights))]
     if args.winner and files["other weights of --winner"] == files["other weights of --loser"]:
         raise UserError(f"--winner {args.winner} and --loser {args.loser} are the same policy: there is no preference.")
-    sums = {name: checksum_of("".join(parts)) for name, parts in files.items()}
-    sums["other weights of --model"] = models.fingerprint(model)
+    sums = {name: text_checksum("".join(parts)) for name, parts in files.items()}
+    sums["other weights of --model"] = models.model_checksum(model)
     return {name: getattr(args, name) for name in FLAGS} | sums
 
 

@@ -487,7 +487,7 @@ def test_a_store_goes_on_with_the_same_weights_only_whatever_their_folder_is_cal
     made = read_folder("store")
     assert {name: x for name, x in made.items() if name != "meta.json"} == {name: x for name, x in whole.items() if name != "meta.json"}
     assert json.loads(made["meta.json"]) == json.loads(whole["meta.json"]) | dict(model="tiny-sd")
-    assert json.loads(made["meta.json"])["weights"] == models.fingerprint(models.load("moved"))
+    assert json.loads(made["meta.json"])["weights"] == models.model_checksum(models.load("moved"))
 
 
 def test_an_empty_c_minus_is_the_null_prompt_and_is_counted(sd, tmp_path, capsys):

@@ -183,7 +183,7 @@ def test_other_settings_are_not_mixed_into_a_folder(world, sd):
     settings = json.loads((world / "run" / "settings.json").read_text())
     assert settings["lists"].keys() == {"pick", "hps"} and settings["seed"] == 42 and settings["guidance"] == 7.5
     assert settings["sampler"] == "PNDMScheduler" and settings["base"] == sd and settings["pixels"] == 64
-    assert settings["fingerprint"] == models.fingerprint(models.load(sd))
+    assert settings["fingerprint"] == models.model_checksum(models.load(sd))
     assert set(evaluate.FIXED) == {"fingerprint", "steps", "guidance", "seed", "sampler", "precision", "pixels"} <= settings.keys()
     for flags in (["--seed", "43"], ["--guidance", "43"]):
         with pytest.raises(SystemExit, match=rf"run was begun with {flags[0][2:]} .*, not 43"):
@@ -247,7 +247,7 @@ def test_a_unet_that_is_published_alone_takes_the_place_of_the_models(world, sd,
         for path in os.listdir(world / name / "pick" / "images"):
             assert (world / name / "pick" / "images" / path).read_bytes() == (world / "whole.out" / "pick" / "images" / path).read_bytes()
         assert found[name]["fingerprint"] == found["a"]["fingerprint"] and found[name]["base"] == sd
-    assert len({found["a"]["fingerprint"], found["whole.out"]["fingerprint"], models.fingerprint(models.load(sd))}) == 3
+    assert len({found["a"]["fingerprint"], found["whole.out"]["fingerprint"], models.model_checksum(models.load(sd))}) == 3
     for flags in ([], ["--unet", sd]):
         with pytest.raises(SystemExit, match="a was begun with other fingerprint"):
             generate(world, sd, "a", "--bench", "pick", *flags)

@@ -66,7 +66,7 @@ def edited(folder, path, file, **changes):
 
 def test_a_model_is_its_weights_its_schedule_and_its_shape_and_not_its_path(sd, tmp_path, monkeypatch):
     def of(path):
-        return models.fingerprint(models.load(str(path)))
+        return models.model_checksum(models.load(str(path)))
 
     def with_file(name, file, **changes):
         return edited(sd, tmp_path / name, file, **changes)
@@ -95,7 +95,7 @@ def test_a_model_of_the_hub_has_the_checksum_of_its_files_in_the_cache(sd, tmp_p
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert models.fingerprint(models.load("owner/name")) == models.fingerprint(models.load(sd))
+    assert models.model_checksum(models.load("owner/name")) == models.model_checksum(models.load(sd))
 
 
 def test_noise_and_target_are_those_of_diffusers_in_float32_also_for_half_latents(model):
