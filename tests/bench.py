@@ -35,7 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import build_pairs
 import train
-from lib import models
+from lib import adapters, models
 from lib.files import UserError
 from lib.processes import at_least, program
 
@@ -204,7 +204,7 @@ def prepare(name, args, device):
             "ours": (our_loss, policies, fused)}
     if args.compile:
         theta = torch.compile(model.net)
-        ref = models.with_adapter(theta) if rank else torch.compile(policies["ref"])
+        ref = adapters.with_adapter(theta) if rank else torch.compile(policies["ref"])
         arms["ours, compiled"] = our_loss, dict(theta=theta, ref=ref), fused
     return Namespace(model=model, arms=arms, parameters=parameters, batch=(c, c_minus, x_0_w, x_0_l, t, eps), size=size,
                      parts=1 if device.type == "cpu" else 8,  # micro-batches in an update (guess)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import models
+from lib import adapters, models
 
 
 def numbers(text):
@@ -179,10 +179,10 @@ def test_in_half_precision_a_small_parameter_without_a_gradient_is_noticed(tiny,
 def test_floors_count_the_passes_that_a_pair_needs(tiny, capsys, name, passes):
     _, _, rank, _ = bench.ARCHITECTURES[name]
     model = bench.build(name, "cpu")
-    models.add_lora(model.net, rank) if rank else None
+    adapters.add_lora(model.net, rank) if rank else None
     c = model.encode(["a"])
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        net = models.with_adapter(model.net) if rank else model.net
+        net = adapters.with_adapter(model.net) if rank else model.net
         model.predict(net, torch.zeros(1, *model.latent_shape), torch.tensor([3]), c)
     bench.main(["step", "--model", name, "--seconds", "0"])
     assert f"{passes * counter.get_total_flops() / 1e12:.4g} TFLOP a pair" in capsys.readouterr().out

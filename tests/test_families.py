@@ -13,7 +13,7 @@ from test_train import read_log
 import build_pairs
 import evaluate
 import train
-from lib import models, plots, runs
+from lib import adapters, models, plots, runs
 
 FAMILIES = ["sd", "sd2", "sdxl", "sana", "sd3"]
 FLAGS = ["--batch-size", "4", "--micro-batch", "2", "--warmup", "0", "--lr", "1e-4", "--beta", "500", "--save-every", "2"]
@@ -53,7 +53,7 @@ def test_prompts_to_pairs_to_training_to_a_stop_to_a_result_to_an_image(family, 
         assert all(".lora_" in name for name in trained)
         pipe = DiffusionPipeline.from_pretrained(model)
         pipe.load_lora_weights(result)
-        models.add_lora(original.net, rank)
+        adapters.add_lora(original.net, rank)
     else:
         pipe = DiffusionPipeline.from_pretrained(result)
         assert {p.dtype for part in pipe.components.values() if isinstance(part, torch.nn.Module) for p in part.parameters()} == {torch.float32}

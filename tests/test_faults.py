@@ -22,7 +22,7 @@ from test_train import FLAGS, read_log, run, same, start, straight  # noqa: F401
 
 import build_pairs
 import train
-from lib import models, runs
+from lib import adapters, models, runs
 from lib.files import UserError, checksum
 from lib.pairs import shard_path
 from lib.processes import holding
@@ -197,7 +197,7 @@ def test_adapters_that_do_not_fit_are_refused(sd, pairs, family_folders, tmp_pat
     adapter, note = str(tmp_path / "w" / "lora"), tmp_path / "w" / "lora" / "training.json"
     model = models.load(family_folders["sd2"])
     with pytest.raises(UserError, match="--winner .* is an adapter of a model that predicts epsilon, not v_prediction"):
-        models.load_policy(adapter, "winner", model.net, model)
+        adapters.load_policy(adapter, "winner", model.net, model)
     for text, said in (("{", "training.json is not valid JSON"), ("[]", "training.json cannot be loaded"), ("{}", "without a training.json that names")):
         note.write_text(text)
         with pytest.raises(UserError, match=said):

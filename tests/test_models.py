@@ -16,7 +16,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
-from lib import loading, models
+from lib import adapters, models
 from lib.files import UserError
 
 PROMPTS = ["a red fox", "a blue cup on a hill"]
@@ -259,7 +259,7 @@ def test_sanas_attention_is_diffusers_own_and_finite_in_float16_where_that_is_no
 
 def random_adapter(model, folder, seed):
     """Gives model's network an adapter "theta" with random weights, and writes it as train.export does."""
-    models.add_lora(model.net, 2 + seed % 2)
+    adapters.add_lora(model.net, 2 + seed % 2)
     torch.manual_seed(seed)
     weights = {name: torch.randn_like(p) / 2 for name, p in model.net.named_parameters() if p.requires_grad}
     model.net.load_state_dict(weights, strict=False)
@@ -283,7 +283,7 @@ def test_lora_trains_adapters_of_all_attention_projections_and_starts_at_the_ref
     attention = [(name, module) for name, module in net.named_modules() if type(module).__name__ == "Attention"]
     projections = {f"{name}.{part}" for name, module in attention for part, layer in module.named_modules()
                    if isinstance(layer, torch.nn.Linear)}
-    models.add_lora(net, 3)
+    adapters.add_lora(net, 3)
     assert (model.predict(net, *x) == before).all()
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     assert trained.keys() == {f"{name}.lora_{ab}.theta.weight" for name in projections for ab in "AB"}
@@ -298,8 +298,8 @@ def test_one_network_serves_theta_the_reference_the_winner_and_the_loser(model, 
     model, folder = models.load(model.folder), model.folder
     x, net = inputs(model), model.net
     saved |= dict(theta=random_adapter(model, tmp_path / "theta", 7), ref=None)
-    policies = dict(theta=net, ref=models.with_adapter(net))
-    policies |= {name: models.load_policy(saved[name], name, net, model) for name in ("winner", "loser")}
+    policies = dict(theta=net, ref=adapters.with_adapter(net))
+    policies |= {name: adapters.load_policy(saved[name], name, net, model) for name in ("winner", "loser")}
     predictions = {}
     for name in ("winner", "theta", "ref", "loser", "theta", "winner"):  # whatever ran before
         predictions[name] = model.predict(policies[name], *x)
@@ -319,7 +319,7 @@ def test_the_frozen_copy_of_full_training_serves_adapters_and_does_not_follow_th
     adapter, folder = random_adapter(models.load(model.folder), tmp_path, 0), model.folder
     model = models.load(folder)
     x, base = inputs(model), copy.deepcopy(model.net).requires_grad_(False)
-    winner, whole = models.load_policy(adapter, "winner", base, model), models.load_policy(folder, "loser", base, model)
+    winner, whole = adapters.load_policy(adapter, "winner", base, model), adapters.load_policy(folder, "loser", base, model)
     for p in model.net.parameters():
         p.mul_(1.5)
     for policy, expected in ((winner, adapter), (base, None), (whole, None)):
@@ -336,11 +336,11 @@ def test_an_adapter_of_another_model_is_refused_in_a_sentence(family_folders, tm
     random_adapter(models.load(family_folders[adapter]), tmp_path, 0)
     model = models.load(family_folders[of])
     with pytest.raises(UserError, match=f"--winner .* is no adapter for this model: {message}") as stop:
-        models.load_policy(str(tmp_path), "winner", model.net, model)
+        adapters.load_policy(str(tmp_path), "winner", model.net, model)
     assert "\n" not in str(stop.value)
 
 
-def test_loaded_in_the_given_precision_but_for_what_float16_breaks_and_on_the_given_devices(model, tmp_path):
+def test_loaded_in_the_given_precision_but_for_what_float16_breaks_and_on_the_given_device(model, tmp_path):
     wide = dict(sana=["text_encoder", "vae"], sd3=["text_encoder_3"]).get(model.family, [])
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     for dtype, net_dtype in ((float32, None), (bfloat16, None), (float16, None), (float16, float32), (bfloat16, float32)):
@@ -351,11 +351,8 @@ def test_loaded_in_the_given_precision_but_for_what_float16_breaks_and_on_the_gi
             assert not isinstance(part, torch.nn.Module) or {p.dtype for p in part.parameters()} == {expected}, name
         assert one.dtype == one.net.dtype == (net_dtype or dtype)
     assert {x.dtype for x in one.encode(PROMPTS).values()} == {float32}  # what the network takes
-    for device, net_device in (("meta", None), ("cpu", "meta")):
-        one = models.load(model.folder, device, net_device=net_device)
-        parts = {name: part for name, part in one.pipe.components.items() if isinstance(part, torch.nn.Module)}
-        assert all(p.device.type == (net_device if name == one.net_name and net_device else device)
-                   for name, part in parts.items() for p in part.parameters())
+    parts = models.load(model.folder, "meta").pipe.components.values()
+    assert {p.device.type for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()} == {"meta"}
     for stored, name in ((bfloat16, "BF16"), (float16, "F16")):  # a model made in bfloat16 stays in it, whatever its path
         models.load(model.folder, dtype=stored).pipe.save_pretrained(tmp_path / name)
         one = models.load(str(tmp_path / name), dtype=float16)
@@ -423,16 +420,16 @@ def test_a_tokenizer_without_its_vocabulary_and_a_damaged_index_are_named(family
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_that_is_said_within_ten_seconds(offline, monkeypatch):
-    monkeypatch.setattr(loading.huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(loading.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
-    loading.download.cache_clear()
+    monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(models.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
+    models.download.cache_clear()
     since = time.monotonic()
     for name, path in (("sd14", "CompVis/stable-diffusion-v1-4"), ("owner/none", "owner/none")):
         with pytest.raises(UserError, match=f"the hub could not be reached, and the cache has no whole {path}") as stop:
             models.load(name)
         assert ("is no preset" in str(stop.value)) == (name != "sd14")
     assert time.monotonic() - since < 10
-    loading.download.cache_clear()
+    models.download.cache_clear()
 
 
 def test_shapes_and_what_was_tuned_from_it_sample_with_their_own_guidance(family_folders, tmp_path):

@@ -1,0 +1,67 @@
+"""Policies that share one network: LoRA adapters, by peft (Eq. 6, and --lora-rank)."""
+
+import os
+import warnings
+
+from safetensors import SafetensorError
+
+from lib.files import UserError
+from lib.models import LORA, latent_scale, load, training_of
+
+
+def add_lora(net, rank):
+    """Freezes net and gives it a trainable LoRA adapter, "theta", on the attention's projections (script). The adapter
+    starts at 0, so that net is still the reference. Raises UserError if the rank is above a projection's width."""
+    from peft import LoraConfig  # here, because full fine-tuning does not need peft
+
+    net.requires_grad_(False)
+    projections = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    width = min(min(m.weight.shape) for name, m in net.named_modules() if name.endswith(tuple(projections)))
+    if rank > width:
+        raise UserError(f"--lora-rank {rank} is above the width of this model's narrowest projection: take {width} "
+                        "or less.")
+    net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections), "theta")
+
+
+def with_adapter(net, *names):
+    """net as a function that runs with this adapter, or with none, as the reference. Afterwards "theta" is on again."""
+    layers = []  # found at the first call, when all adapters are loaded; net.set_adapter would search them each time
+
+    def switch(names):
+        for layer in layers:
+            layer._active_adapter = names
+
+    def forward(*args, **kwargs):
+        layers.extend(() if layers else (m for m in net.modules() if hasattr(m, "_active_adapter")))
+        switch(list(names))
+        try:
+            return net(*args, **kwargs)
+        finally:
+            switch([name for name in net.peft_config if name == "theta"])
+    return forward
+
+
+def load_policy(path, role, base, model):
+    """The winner or loser of Eq. 6: an adapter, which goes into the frozen network `base`, or a model's network. Raises
+    UserError if it does not fit the model."""
+    if not os.path.isfile(os.path.join(path, LORA)):
+        other = load(path, text=False)
+        kinds = [(type(m.pipe).__name__, m.latent_shape, latent_scale(m), m.prediction_type) for m in (other, model)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"--{role} {path} is a model of another kind: {kinds[0]}, not {kinds[1]}.")
+        return other.net.to(model.device).requires_grad_(False)
+    predicts = training_of(path, "prediction_type") or model.prediction_type  # other programs' adapters do not say
+    if predicts != model.prediction_type:
+        raise UserError(f"--{role} {path} is an adapter of a model that predicts {predicts}, not "
+                        f"{model.prediction_type}.")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # peft warns of several adapters, which we want
+            base.load_lora_adapter(path, prefix=model.net_name, adapter_name=role, weight_name=LORA,
+                                   use_safetensors=True)
+        if role not in getattr(base, "peft_config", {}):
+            raise ValueError(f"it has nothing for its {model.net_name}.")
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        what = str(error).splitlines()[-1].strip()
+        raise UserError(f"--{role} {path} is no adapter for this model: {what}") from None
+    base.set_adapter([name for name in base.peft_config if name == "theta"])
+    return with_adapter(base, role)
