@@ -4,12 +4,12 @@
     torchrun perturb.py diffusiondb perturbed.jsonl --limit 200000 --strategy llama-aesthetic
 
 random-removal, Sec. 4.2: 40 to 70 % of the tokens are removed at random, so that c_minus says less than c. A token is a
-word here, as in the authors' code: what is left stays readable to any text encoder. One word cannot both stay and go,
-so prompts of one word, and empty ones, give no pair: they are left out and counted.
+word here, as in the authors' code, so that any text encoder can read what is left. One word cannot both stay and go:
+prompts of one word, and empty ones, give no pair; they are left out and counted.
 
-llama-alignment and llama-aesthetic, Sec. 4.3, 4.4: a chat model rewrites c. What it writes is a function of the prompts
-and the flags, not of the number of processes. The answers are kept in OUT.parts, so that a run that was stopped goes on
-when its command is given again.
+llama-alignment and llama-aesthetic, Sec. 4.3, 4.4: a chat model rewrites c. Its answers are a function of the prompts
+and the flags, not of the number of processes. They are kept in OUT.parts, so that a stopped run goes on when its
+command is given again.
 
 In: a text file, one prompt a line; a .jsonl or .parquet file with a column `prompt` and, if wished, an `id`; or
 `diffusiondb`, the paper's prompts. Of equal prompts the first is taken.
@@ -17,8 +17,6 @@ Out: .jsonl, a line a pair: id, c, c_minus, strategy, perturb_seed (and llm).
 """
 
 import argparse
-import hashlib
-import heapq
 import json
 import math
 import os
@@ -26,12 +24,14 @@ import random
 
 from tqdm import tqdm
 
-from lib.files import UserError, count, json_lines, same_settings, text_checksum, text_lines, to_lines, write_file
-from lib.processes import at_least, barrier, is_first, processes, program
-from lib.prompts import check_rows, parquet_rows
+from lib.files import UserError, count, json_lines, same_settings, text_checksum, to_lines, write_file
+from lib.processes import at_least, barrier, given_flags, is_first, processes, program
+from lib.prompts import is_perturbed, read_answer, sample_prompts
+
+# ---- random removal
 
 
-def remove_words(c, seed=0, variant=0, low=0.4, high=0.7):
+def remove_words(c, seed=0, low=0.4, high=0.7):
     """c -> c_minus: the words of c, in order, without a random 40 to 70 % of them (Sec. 4.2).
 
     A function of its arguments alone, the same on every machine and in every process. The share removed lies in
@@ -48,23 +48,13 @@ def remove_words(c, seed=0, variant=0, low=0.4, high=0.7):
     n = len(words)
     if n < 2:
         raise UserError(f"a prompt needs two words or more to lose some of them, not {c!r}.")
-    rng = random.Random(f"{seed} {variant} {c}")  # seeded by a string: independent of PYTHONHASHSEED
+    rng = random.Random(f"{seed} 0 {c}")  # seeded by a string: independent of PYTHONHASHSEED
     fewest, most = math.ceil(low * n - 1e-9), math.floor(high * n + 1e-9)  # 1e-9, since floats make 0.7 * 10 not 7
     if fewest > most:  # no whole number of words lies in the range: take the one nearest to its middle
         fewest = most = round((low + high) / 2 * n)
-    count = min(max(rng.randint(fewest, most), 1), n - 1)
-    gone = set(rng.sample(range(n), count))
+    removed = min(max(rng.randint(fewest, most), 1), n - 1)
+    gone = set(rng.sample(range(n), removed))
     return " ".join(word for i, word in enumerate(words) if i not in gone)
-
-
-def remove_all(prompts, seed, variants, low, high):
-    """[(id, c)] -> [dict(id, c, c_minus)], a row for each different c_minus of a prompt."""
-    rows = []
-    for name, c in prompts:
-        shorter = [remove_words(c, seed, variant, low, high) for variant in range(variants)]
-        for k, c_minus in enumerate(dict.fromkeys(shorter)):  # without repeats, in order
-            rows.append(dict(id=f"{name}-{k}" if variants > 1 else name, c=c, c_minus=c_minus))
-    return rows
 
 
 # ---- rewriting by a chat model
@@ -80,26 +70,7 @@ say less rather than something else.""" + ANSWER,
 Keep the subject: the same objects, as many, doing the same. Leave out what asks for beauty, skill or style, and ask for
 a poor picture, in words that fit the scene: flat or harsh light, blur or noise, dull or clashing colours, a careless
 composition.""" + ANSWER}
-PART = 512  # prompts in a file of finished answers, which is what a stopped process does again at most (guess)
-
-
-def read_answer(answer, c):
-    """c_minus from a chat model's answer, which must be {"prompt": "..."} with another text than c, and may stand in a
-    ```json fence. Raises ValueError otherwise, which says why."""
-    text = answer.strip()
-    if text.startswith("```json") and text.endswith("```"):
-        text = text[7:-3]
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):  # RecursionError: thousands of brackets
-        raise ValueError("not JSON") from None
-    if not isinstance(found, dict) or found.keys() != {"prompt"} or not isinstance(found["prompt"], str):
-        raise ValueError('not {"prompt": a text}')
-    c_minus = found["prompt"].strip()
-    c_minus.encode()  # a ValueError if it holds half a character, which JSON allows and no file can hold
-    if "".join(c_minus.split()).casefold() in ("", "".join(c.split()).casefold()):
-        raise ValueError("empty or the same as c")
-    return c_minus
+PART = 512  # prompts in a file of finished answers: a stopped process repeats at most so many (guess)
 
 
 def rewrite(rows, ask, attempts, seed):
@@ -154,7 +125,7 @@ def load_llm(name, instruction, batch_size, device):
 
 
 def rewrite_all(args, prompts):
-    """Rewrites [(id, c)] with all processes, part by part, in the folder OUT.parts, and returns what `rewrite` makes of
+    """Rewrites [(id, c)] with all processes, part by part, in the folder OUT.parts. Returns what `rewrite` makes of
     them."""
     folder, instruction = args.out + ".parts", INSTRUCTIONS[args.strategy]
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
@@ -174,104 +145,7 @@ def rewrite_all(args, prompts):
         return [row for path in parts for _, row in json_lines(path)]
 
 
-# ---- the prompts
-
-
-def read_prompts(source):
-    """Yields (number, id, prompt) of a text file, a .jsonl or a .parquet file, or of DiffusionDB. Raises UserError if
-    it cannot be read."""
-    if source == "diffusiondb" and not os.path.exists(source):
-        source = fetch_diffusiondb()
-    if not os.path.isfile(source):
-        raise UserError(f"there is no file {source}.")
-    kind = os.path.splitext(source)[1]
-    if kind == ".jsonl":
-        rows = json_lines(source)
-    elif kind == ".parquet":
-        rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
-    elif kind in (".txt", ""):
-        rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
-    else:
-        raise UserError(f"{source}: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl "
-                        'file: pandas.read_csv("p.csv").to_json("p.jsonl", orient="records", lines=True)')
-    return check_rows(source, rows, ["prompt"])
-
-
-def fetch_diffusiondb():
-    """The path of DiffusionDB's table of prompts, fetched from the hub or from its cache."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download("poloclub/diffusiondb", "metadata.parquet", repo_type="dataset")
-    except (OSError, ValueError) as error:
-        raise UserError("metadata.parquet of the dataset poloclub/diffusiondb cannot be fetched: "
-                        f"{str(error).strip().splitlines()[0]} Fetch it from https://huggingface.co/datasets/poloclub/"
-                        "diffusiondb/tree/main and give its path instead of diffusiondb.") from None
-
-
-def choose(prompts, fewest, limit, seed):
-    """(number, id, prompt), ... -> [(id, prompt)], how many different prompts there are, and the numbers of those that
-    are left out: of fewer than `fewest` words, and repeated.
-
-    With a limit it takes the prompts whose sha256 of (seed, prompt) is smallest: the same ones on any machine and in
-    any order. Only these and a hash of every prompt are in memory.
-    """
-    seen, short, repeated = set(), [], []
-
-    def different():
-        for number, name, c in prompts:
-            key = hashlib.sha256(f"{seed} {c}".encode()).digest()
-            if len(c.split()) < fewest:
-                short.append(number)
-            elif key in seen:
-                repeated.append(number)
-            else:
-                seen.add(key)
-                yield key, number, name, c
-
-    chosen = different() if limit is None else heapq.nsmallest(limit, different())
-    return [(name, c) for _, _, name, c in sorted(chosen, key=lambda row: row[1])], len(seen), short, repeated
-
-
-REMOVAL = dict(variants=1, low=0.4, high=0.7)
-REWRITING = dict(llm="meta-llama/Meta-Llama-3-8B-Instruct", batch_size=64, attempts=3)
-
-
-def parse(argv):
-    """The flags. Raises UserError where one does not go with the strategy, or where OUT cannot be written."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="perturb.py PROMPTS OUT [flags]",
-                                     allow_abbrev=False)
-    parser.add_argument("prompts", help="a text file, one prompt a line; a .jsonl or .parquet file with a column "
-                        "`prompt`; or diffusiondb")
-    parser.add_argument("out", help="the .jsonl file to write")
-    parser.add_argument("--strategy", choices=["random-removal", *INSTRUCTIONS], default="random-removal")
-    parser.add_argument("--limit", type=at_least(1), help="take a sample of so many prompts (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the removal or of the answers (default: 0)")
-    parser.add_argument("--variants", type=at_least(1), help="different c_minus of each prompt, at most (default: 1)")
-    parser.add_argument("--low", type=float, help="least share of words to remove (paper: 0.4)")
-    parser.add_argument("--high", type=float, help="largest share of words to remove (paper: 0.7)")
-    parser.add_argument("--llm", help=f"a chat model, hub id or folder (default: {REWRITING['llm']})")
-    parser.add_argument("--batch-size", type=at_least(1), help="prompts that the chat model reads at once (guess: 64)")
-    parser.add_argument("--attempts", type=at_least(1), help="answers to a prompt before it is rejected (guess: 3)")
-    args = parser.parse_args(argv)
-    rewriting = args.strategy in INSTRUCTIONS
-    for flag, default in (REMOVAL | REWRITING).items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, default)
-        elif flag in (REMOVAL if rewriting else REWRITING):
-            raise UserError(f"--{flag.replace('_', '-')} does not go with --strategy {args.strategy}.")
-    for path in [args.out, args.out + ".rejected.jsonl"] if rewriting else [args.out]:
-        if os.path.lexists(path) and not (os.path.isfile(path) and is_ours(path)):
-            raise UserError(f"{path} is there already, and perturb.py did not write it: give another name.")
-    return args
-
-
-def is_ours(path):
-    """Whether each line of a file is as perturb.py writes it, which may then write it anew. Those of a pair store have
-    more in them."""
-    always = {"id", "c", "strategy", "perturb_seed"}
-    return all(isinstance(row, dict) and always <= row.keys() <= always | {"c_minus", "answer", "reason", "llm"}
-               for _, row in json_lines(path))
+# ---- the program
 
 
 @program
@@ -280,24 +154,12 @@ def main(argv=None):
     rewriting = args.strategy in INSTRUCTIONS
     if not rewriting and not is_first():
         return  # one process is enough to remove words
-
-    rows = tqdm(read_prompts(args.prompts), "read", disable=not is_first())
-    prompts, different, short, repeated = choose(rows, 1 if rewriting else 2, args.limit, args.seed)
-    fewest = "one word" if rewriting else "two words"
-    if not prompts:
-        raise UserError(f"{args.prompts} has no prompt of {fewest} or more; nothing was written.")
-    for numbers, noun, more in ((short, "prompt", f" of fewer than {fewest}"), (repeated, "duplicate prompt", "")):
-        if numbers and is_first():
-            print(f"left out {count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
-                  + ", ..." * (len(numbers) > 10))
-    if args.limit and is_first():
-        print(f"took {len(prompts)} of {different} different prompts")
-
+    prompts = sample_prompts(args.prompts, 1 if rewriting else 2, args.limit, args.seed)
     how = dict(strategy=args.strategy, perturb_seed=args.seed)
     if rewriting:
         rows, how = rewrite_all(args, prompts), how | dict(llm=args.llm)
     else:
-        rows = remove_all(prompts, args.seed, args.variants, args.low, args.high)
+        rows = [dict(id=name, c=c, c_minus=remove_words(c, args.seed, args.low, args.high)) for name, c in prompts]
     if not is_first():
         return
     good = [row | how for row in rows if "c_minus" in row]
@@ -311,6 +173,33 @@ def main(argv=None):
         raise UserError(f"{args.llm} gave no usable answer; {args.out} was not written.")
     write_file(args.out, to_lines(good))
     print(f"wrote {args.out}: {len(good)} pairs of prompts")
+
+
+def parse(argv):
+    """The flags. Raises UserError where one does not go with the strategy, or where OUT cannot be written."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="perturb.py PROMPTS OUT [flags]",
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("prompts", help="a text file, one prompt a line; a .jsonl or .parquet file with `prompt`; or diffusiondb")
+    add("out", help="the .jsonl file to write")
+    add("--strategy", choices=["random-removal", *INSTRUCTIONS], default="random-removal")
+    add("--limit", type=at_least(1), help="take a sample of so many prompts (default: all)")
+    add("--seed", type=int, default=0, help="of the removal or of the answers (default: 0)")
+    add("--low", type=float, default=0.4, help="least share of words to remove (paper: 0.4)")
+    add("--high", type=float, default=0.7, help="largest share of words to remove (paper: 0.7)")
+    add("--llm", default="meta-llama/Meta-Llama-3-8B-Instruct", help="a chat model, hub id or folder "
+        "(default: meta-llama/Meta-Llama-3-8B-Instruct)")
+    add("--batch-size", type=at_least(1), default=64, help="prompts that the chat model reads at once (script: 64)")
+    add("--attempts", type=at_least(1), default=3, help="answers to a prompt before it is rejected (guess: 3)")
+    args = parser.parse_args(argv)
+    rewriting = args.strategy in INSTRUCTIONS
+    foreign = {"low", "high"} if rewriting else {"llm", "batch_size", "attempts"}
+    for flag in sorted(foreign & given_flags(parser, argv)):
+        raise UserError(f"--{flag.replace('_', '-')} does not go with --strategy {args.strategy}.")
+    for path in [args.out, args.out + ".rejected.jsonl"] if rewriting else [args.out]:
+        if os.path.lexists(path) and not (os.path.isfile(path) and is_perturbed(path)):
+            raise UserError(f"{path} is there already, and perturb.py did not write it: give another name.")
+    return args
 
 
 if __name__ == "__main__":

@@ -61,6 +61,12 @@ def at_least(low, kind=int, high=math.inf):
     return number
 
 
+def given_flags(parser, argv):
+    """The names of the arguments that stand on the command line: what the others have are defaults."""
+    empty = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    return {name for name, value in vars(parser.parse_args(argv, empty)).items() if value is not None}
+
+
 # ---- processes
 
 

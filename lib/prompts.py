@@ -1,11 +1,124 @@
-"""Rows of prompts as people have them: .jsonl and .parquet files."""
+"""Prompts as people have them: read from files, checked, and chosen; and the answers of chat models."""
 
-from lib.files import UserError, count
+import hashlib
+import heapq
+import json
+import os
+
+from tqdm import tqdm
+
+from lib.files import UserError, count, json_lines, text_lines
+from lib.processes import is_first
 
 
-def parquet_rows(path, columns, optional=(), group=None, at_once=4096):
-    """Yields (row group, number in it, {column: cell}) for each row of a .parquet file or of one row group, with
-    `at_once` of them in memory. Raises UserError if the file cannot be read or lacks one of the `columns`."""
+def read_prompts(source):
+    """Yields (number, id, prompt) for each line of a text file, each row of a .jsonl file with `prompt` or `c`, or each
+    row of a .parquet file with `prompt`; "diffusiondb" is the paper's data set. An empty line is an empty prompt.
+    Raises UserError where there is no such file, and at the end if some rows were bad."""
+    if source == "diffusiondb" and not os.path.exists(source):
+        source = fetch_diffusiondb()
+    if not os.path.isfile(source):
+        raise UserError(f"there is no file {source}.")
+    kind = os.path.splitext(source)[1]
+    if kind == ".jsonl":
+        rows = ((number, {"prompt": row["c"]} | row if isinstance(row, dict) and "c" in row else row)
+                for number, row in json_lines(source))
+    elif kind == ".parquet":
+        rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
+    elif kind in (".txt", ""):
+        rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
+    else:
+        raise UserError(f"{source}: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl "
+                        'file: pandas.read_csv("p.csv").to_json("p.jsonl", orient="records", lines=True)')
+    return check_rows(source, rows, ["prompt"])
+
+
+def fetch_diffusiondb():
+    """The path of DiffusionDB's table of prompts, fetched from the hub or from its cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download("poloclub/diffusiondb", "metadata.parquet", repo_type="dataset")
+    except (OSError, ValueError) as error:
+        raise UserError("metadata.parquet of the dataset poloclub/diffusiondb cannot be fetched: "
+                        f"{str(error).strip().splitlines()[0]} Fetch it from https://huggingface.co/datasets/poloclub/"
+                        "diffusiondb/tree/main and give its path instead of diffusiondb.") from None
+
+
+def sample_prompts(source, fewest, limit, seed):
+    """[(id, prompt)]: the different prompts of a source that have at least `fewest` words, or `limit` of them. Says
+    which are left out. Raises UserError if none is left."""
+    rows = tqdm(read_prompts(source), "read", disable=not is_first())
+    prompts, different, short, repeated = choose_prompts(rows, fewest, limit, seed)
+    words = "one word" if fewest == 1 else "two words"
+    if not prompts:
+        raise UserError(f"{source} has no prompt of {words} or more; nothing was written.")
+    for numbers, noun, more in ((short, "prompt", f" of fewer than {words}"), (repeated, "duplicate prompt", "")):
+        if numbers and is_first():
+            print(f"left out {count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
+                  + ", ..." * (len(numbers) > 10))
+    if limit and is_first():
+        print(f"took {len(prompts)} of {different} different prompts")
+    return prompts
+
+
+def choose_prompts(prompts, fewest, limit, seed):
+    """(number, id, prompt), ... -> [(id, prompt)], how many different prompts there are, and the numbers of those that
+    are left out: of fewer than `fewest` words, and repeated.
+
+    With a limit it takes the prompts whose sha256 of (seed, prompt) is smallest: the same ones on any machine and in
+    any order. Only these and a hash of every prompt are in memory.
+    """
+    seen, short, repeated = set(), [], []
+
+    def different():
+        for number, name, c in prompts:
+            key = hashlib.sha256(f"{seed} {c}".encode()).digest()
+            if len(c.split()) < fewest:
+                short.append(number)
+            elif key in seen:
+                repeated.append(number)
+            else:
+                seen.add(key)
+                yield key, number, name, c
+
+    chosen = different() if limit is None else heapq.nsmallest(limit, different())
+    return [(name, c) for _, _, name, c in sorted(chosen, key=lambda row: row[1])], len(seen), short, repeated
+
+
+def is_perturbed(path):
+    """Whether each line of a file is as perturb.py writes it, which may then write it anew. Those of a pair store have
+    more in them."""
+    always = {"id", "c", "strategy", "perturb_seed"}
+    return all(isinstance(row, dict) and always <= row.keys() <= always | {"c_minus", "answer", "reason", "llm"}
+               for _, row in json_lines(path))
+
+
+def read_answer(answer, c):
+    """c_minus from a chat model's answer, which must be {"prompt": "..."} with another text than c, and may stand in a
+    ```json fence. Raises ValueError otherwise, which says why."""
+    text = answer.strip()
+    if text.startswith("```json") and text.endswith("```"):
+        text = text[7:-3]
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):  # RecursionError: thousands of brackets
+        raise ValueError("not JSON") from None
+    if not isinstance(found, dict) or found.keys() != {"prompt"} or not isinstance(found["prompt"], str):
+        raise ValueError('not {"prompt": a text}')
+    c_minus = found["prompt"].strip()
+    c_minus.encode()  # a ValueError if it holds half a character, which JSON allows and no file can hold
+    if "".join(c_minus.split()).casefold() in ("", "".join(c.split()).casefold()):
+        raise ValueError("empty or the same as c")
+    return c_minus
+
+
+# ---- rows of files
+
+
+def parquet_rows(path, columns, optional=(), group=None):
+    """Yields (row group, number in it, {column: cell}) for each row of a .parquet file or of one row group; an empty
+    cell is an empty text. Raises UserError if the file cannot be read or lacks one of the `columns`."""
     import pyarrow.parquet  # here, because few runs need it
 
     try:
@@ -16,7 +129,7 @@ def parquet_rows(path, columns, optional=(), group=None, at_once=4096):
                     raise UserError(f"{path} must have one column {name}; it has {', '.join(names)}.")
             wanted = [*columns, *[name for name in optional if name in names]]
             for g in range(file.num_row_groups) if group is None else [group]:
-                batches = file.iter_batches(at_once, [g], wanted)
+                batches = file.iter_batches(4096, [g], wanted)
                 for k, row in enumerate(row for batch in batches for row in batch.to_pylist()):
                     yield g, k, {name: "" if cell is None else cell for name, cell in row.items()}
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:

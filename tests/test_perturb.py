@@ -23,7 +23,8 @@ import transformers
 import perturb
 from lib.files import UserError
 from lib.processes import holding
-from perturb import read_answer, remove_words
+from lib.prompts import choose_prompts, read_answer, read_prompts
+from perturb import remove_words
 
 
 def rows_of(path):
@@ -62,10 +63,10 @@ def test_every_word_is_removed_equally_often():
         assert abs(left.count(word) - 2000) < 160
 
 
-def test_it_depends_on_seed_variant_and_prompt():
+def test_it_depends_on_seed_and_prompt():
     c = words(30)
-    assert remove_words(c, 0, 0) == remove_words(c, 0, 0)
-    assert len({remove_words(c, s, v) for s in range(3) for v in range(3)}) == 9
+    assert remove_words(c, 0) == remove_words(c, 0)
+    assert len({remove_words(c, s) for s in range(9)}) == 9
     assert remove_words("other " + c, 0) != remove_words(c, 0)
 
 
@@ -88,23 +89,19 @@ def run(*arguments, **environment):
 
 def test_the_file_is_the_same_in_two_processes(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i} " + words(12) for i in range(50)))
-    assert run(tmp_path / "p.txt", tmp_path / "a.jsonl", "--variants", 3, PYTHONHASHSEED="1").returncode == 0
-    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "b.jsonl"), "--variants", "3"])  # the hash seed here is random
+    assert run(tmp_path / "p.txt", tmp_path / "a.jsonl", PYTHONHASHSEED="1").returncode == 0
+    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "b.jsonl")])  # the hash seed here is random
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     rows = rows_of(tmp_path / "a.jsonl")
-    assert len(rows) == 150 and len({row["id"] for row in rows}) == 150
+    assert len(rows) == 50 and len({row["id"] for row in rows}) == 50
     assert all(row["c"] != row["c_minus"] and is_subsequence(row["c_minus"].split(), row["c"].split()) for row in rows)
-    assert len({row["c_minus"] for row in rows}) > 140
+    assert len({row["c_minus"] for row in rows}) > 45
 
 
-def test_short_prompts_are_left_out_and_named_and_repeated_variants_dropped(tmp_path, capsys):
+def test_short_prompts_are_left_out_and_named(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("two words\n\nhorse\none more here\n")
-    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--variants", "9"])
-    rows = rows_of(tmp_path / "out.jsonl")
-    assert {row["c_minus"] for row in rows if row["c"] == "two words"} == {"two", "words"}
-    assert len(rows) == 5 and len({row["id"] for row in rows}) == 5
-    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--variants", "2"])
-    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["000001-0", "000001-1", "000004-0", "000004-1"]
+    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl")])
+    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["000001", "000004"]
     assert "left out 2 prompts of fewer than two words, in lines 2, 3" in capsys.readouterr().out
 
 
@@ -168,6 +165,15 @@ def write_table(path, prompts, **more):
 
 PROMPTS = ["a red fox", "ein großer, roter Bär", 'a sign: "no"', "", "horse", "a red fox", "two old boats"]
 KEPT = [1, 2, 3, 7]  # the others have fewer than two words, or are duplicates
+
+
+def test_one_reader_takes_text_rows_of_prompts_and_rows_of_pairs(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa red fox \n\na “blue” cup".encode())
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x", "c": "y"}\n\n{"id": 1, "c": "z", "c_minus": "w"}\n')
+    write_table(tmp_path / "p.parquet", ["a", "b"], id=["k", "l"])
+    for name, expected in (("p.txt", [(1, "000001", "a red fox"), (2, "000002", ""), (3, "000003", "a “blue” cup")]),
+                           ("p.jsonl", [(1, "000001", "x"), (3, "1", "z")]), ("p.parquet", [(1, "k", "a"), (2, "l", "b")])):
+        assert list(read_prompts(str(tmp_path / name))) == expected
 
 
 def test_every_kind_of_source_gives_the_same_prompts_and_counts_what_it_leaves_out(tmp_path, monkeypatch, capsys):
@@ -262,7 +268,7 @@ def test_a_sample_does_not_hold_all_prompts_in_memory():
             yield i, str(i), f"{i} " + "x" * 10_000  # 300 MB in all
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    chosen, different, *_ = perturb.choose(prompts(), 2, 100, 0)
+    chosen, different, *_ = choose_prompts(prompts(), 2, 100, 0)
     assert len(chosen) == 100 and different == 30_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
 
@@ -514,8 +520,8 @@ def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
 @pytest.mark.parametrize("flags, message", [
     (["--llm", "x"], "--llm does not go with --strategy random-removal"), (["--attempts", "3"], "--attempts does not"),
     (["--batch-size", "1"], "--batch-size does not"), (["--strategy", "llama-alignment", "--low", "0.4"], "--low does not go with --strategy llama-al"),
-    (["--strategy", "llama-aesthetic", "--high", "0.7"], "--high does not"), (["--strategy", "llama-aesthetic", "--variants", "1"], "--variants does not"),
-    (["--variants", "0"], "--variants: must be 1 or more, not 0"), (["--limit", "0"], "--limit: must be 1 or more"),
+    (["--strategy", "llama-aesthetic", "--high", "0.7"], "--high does not"), (["--variants", "2"], "unrecognized arguments: --variants"),
+    (["--low", "0.4", "--strategy", "llama-aesthetic"], "--low does not"), (["--limit", "0"], "--limit: must be 1 or more"),
     (["--strategy", "llama-aesthetic", "--attempts", "0"], "--attempts: must be 1 or more"),
     (["--strategy", "llama-aesthetic", "--batch-size", "0"], "--batch-size: must be 1 or more"),
     (["--strategy", "llama-aesthetic", "--llm", "none"], "--llm none is no folder or hub id"),
