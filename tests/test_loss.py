@@ -7,7 +7,7 @@ import torch
 
 from loss import ddspo_loss, diffusion_dpo_loss, distance_change, dspo_loss, preference_loss
 
-NAMES = ["pred_w", "pred_l", "ref_w", "ref_l", "target_w", "target_l"]
+NAMES = ["eps_theta_w", "eps_theta_l", "eps_ref_w", "eps_ref_l", "target_w", "target_l"]
 
 
 def six(seed=0, shape=(5, 4, 3, 2), dtype=torch.float64):
