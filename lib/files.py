@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 
 import torch
 
@@ -33,6 +34,18 @@ def save_state(path, state):
         os.remove(path + ".partial")
         raise OSError(f"torch could not write all of {path}: the disk may be full") from error
     os.replace(path + ".partial", path)
+
+
+def replace_folder(made, folder):
+    """Moves what lies in the folder `made` to `folder`: whole if that is new, else file by file. Other files stay."""
+    if not os.path.exists(folder):
+        return os.replace(made, folder)
+    for where, _, names in os.walk(made):
+        place = os.path.join(folder, os.path.relpath(where, made))
+        os.makedirs(place, exist_ok=True)
+        for name in names:
+            os.replace(os.path.join(where, name), os.path.join(place, name))
+    shutil.rmtree(made)
 
 
 def read_json(path):
@@ -102,14 +115,20 @@ def difference(found, wanted):
             return f"{key} {found.get(key)}, not {value}"
 
 
+def stop_if_foreign(path):
+    """Raises UserError if the folder of a file `path` holds other files but not this one: then it is not ours."""
+    folder, name = os.path.split(path)
+    others = os.listdir(folder) if os.path.isdir(folder) and not os.path.exists(path) else ()
+    if any(other != ".lock" and not other.endswith(".partial") for other in others):
+        raise UserError(f"{folder} holds other files and no {name}: move it away, or give another name.")
+
+
 def same_settings(path, settings, notes=()):
     """Writes what a folder is made with, and dict(notes) beside it. Raises UserError if the folder was begun with other
     settings, or if other files are in it already."""
     folder = os.path.dirname(path)
     if not os.path.exists(path):
-        if any(name != ".lock" and not name.endswith(".partial") for name in os.listdir(folder)):
-            raise UserError(f"{folder} holds other files and no {os.path.basename(path)}: move it away, or give "
-                            "another name.")
+        stop_if_foreign(path)
         write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
     elif what := difference(read_json(path), settings):
         raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")

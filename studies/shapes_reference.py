@@ -1,17 +1,18 @@
-"""How weights/shapes was trained: a StableDiffusionPipeline of the world of judges/shapes.py, from scratch.
+"""How weights/shapes was trained: a StableDiffusionPipeline of the world of lib/shapes_world.py, from scratch.
 
-    python shapes.py --reference
+    python -m studies.shapes_reference              weights/shapes: three hours of one core
+    python -m studies.shapes_reference FOLDER --updates 1000
 
 First an autoencoder, then a U-Net and a text encoder together, on captions of which many are wrong, as on the web: the
 model leaves room for a method that makes it follow prompts better. It runs on one core and keeps its state in runs/, so
 that the same command goes on where it was stopped.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import time
 
 import numpy as np
@@ -21,9 +22,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lib import models
 from lib import shapes_world as world
-from lib.files import save_state, write_file
-from lib.processes import holding
+from lib.files import UserError, read_json, replace_folder, save_state, write_file
+from lib.processes import at_least, holding, program
 
 SEED, IMAGES, AUTOENCODER_UPDATES, UPDATES, VALIDATION_PROMPTS = 0, 131072, 4000, 12000, 100
 WRONG_CAPTIONS = 0.5  # guess: half of the captions have one thing wrong, as on the web
@@ -169,12 +171,28 @@ def make_reference(folder, updates, home="runs/shapes-reference"):
                              lambda net: validate(make_pipeline(vae, tokenizer, net, scheduler), prompts))
         make_pipeline(vae, tokenizer, average, scheduler).to(dtype=torch.float16).save_pretrained(folder + ".partial")
         packages = ("torch", "diffusers", "transformers", "numpy", "scipy")
-        training = dict(commands=[f"python shapes.py --reference --updates {n}" for n in state["ends"]], seed=SEED,
-                        images=IMAGES, autoencoder_updates=AUTOENCODER_UPDATES, updates=updates,
-                        minutes=round((vae_state["seconds"] + state["seconds"]) / 60),
+        commands = [f"python -m studies.shapes_reference --updates {n}" for n in state["ends"]]
+        training = dict(commands=commands, seed=SEED, images=IMAGES, autoencoder_updates=AUTOENCODER_UPDATES,
+                        updates=updates, minutes=round((vae_state["seconds"] + state["seconds"]) / 60),
                         threads=torch.get_num_threads(), python=platform.python_version(),
                         versions={name: importlib.metadata.version(name) for name in packages})
         write_file(os.path.join(folder + ".partial", "training.json"), json.dumps(training, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(folder + ".partial", folder)
+        replace_folder(folder + ".partial", folder)
         print(f"wrote {folder}")
+
+
+@program
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", default=models.PRESETS["shapes"], help="(default: weights/shapes)")
+    parser.add_argument("--updates", type=at_least(1), default=UPDATES, help="of the U-Net (default: %(default)s)")
+    args = parser.parse_args(argv)
+    folder = os.path.normpath(args.folder)
+    note = os.path.join(folder, "training.json")
+    if os.path.lexists(folder) and not (os.path.isfile(note) and "autoencoder_updates" in read_json(note)):
+        raise UserError(f"{folder} is there already, and this program did not write it: give another name.")
+    make_reference(folder, args.updates)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""shapes.py and shapes_reference.py: the training from scratch, and the experiment in small."""
+"""shapes.py and its studies: the training from scratch, and the experiment in small."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from lib import models
 from lib import shapes_world as world
 from lib.files import read_lines
 from lib.pairs import PairStore
+from studies import shapes_full as full
 from studies import shapes_reference
 
 # ---- the training of the reference
@@ -87,7 +88,7 @@ def test_a_cell_of_the_table_is_the_same_by_the_commands_of_evaluate(tmp_path, m
     evaluate.main("generate --model shapes --bench shapes --guidance 3 --seed 0 --out run --batch-size 20".split())
     evaluate.main(["score", "run"])
     judged = [row["correct"] for row in read_lines("run/scores/shapes.jsonl")]
-    scored = shapes.score("scores.json", "shapes", 0, 3)["correct"]
+    scored = shapes.score_model("scores.json", "shapes", 0, 3)["correct"]
     assert judged == scored and 4 <= sum(scored) <= 16
 
 
@@ -101,7 +102,8 @@ def reference(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in dict(IMAGES=64, AUTOENCODER_UPDATES=2, VALIDATION_PROMPTS=2).items():
             patch.setattr(shapes_reference, name, value)
-        shapes_reference.make_reference(str(folder / "weights"), 2, str(folder / "home"))
+        patch.chdir(folder)
+        shapes_reference.main(["weights/", "--updates", "2"])
     return str(folder / "weights")
 
 
@@ -110,19 +112,54 @@ def small(tmp_path, monkeypatch, reference):
     """An empty folder to work in, with `reference` for the shipped one and all numbers small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(models.PRESETS, "shapes", reference)
-    small = dict(REFERENCE=reference, STEPS=2, UPDATES_OF_TUNING=1, PROMPTS=20, QUICK_PAIRS=6, FULL_PAIRS=9, SEEDS=(0,))
-    for name, value in small.items():
+    for name, value in dict(STEPS=2, UPDATES=1, PROMPTS=20, PAIRS=6).items():
         monkeypatch.setattr(shapes, name, value)
+    for name, value in dict(FULL_PAIRS=9, SEEDS=(0, 1), FEW_PAIRS=(4, 9)).items():
+        monkeypatch.setattr(full, name, value)
     return tmp_path
 
 
 def test_the_reference_is_written_in_half_precision_with_its_making(reference):
     with open(os.path.join(reference, "training.json"), encoding="utf-8") as file:
         training = json.load(file)
-    assert training["commands"] == ["python shapes.py --reference --updates 2"] and training["images"] == 64
+    assert training["commands"] == ["python -m studies.shapes_reference --updates 2"] and training["images"] == 64
     assert {x.dtype for x in load_file(os.path.join(reference, "unet", "diffusion_pytorch_model.safetensors")).values()} == {torch.float16}
     model = models.load(reference)
     assert model.latent_shape == (4, 8, 8) and model.net.dtype == torch.float32
+    assert sorted(os.listdir(os.path.dirname(reference))) == ["runs", "weights"]
+
+
+def test_a_folder_that_is_not_a_reference_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("mine")
+    for path in ("mine/letter.txt", "letter.txt"):
+        with open(path, "w") as file:
+            file.write("dear")
+    for folder in ("mine", "mine/", "letter.txt"):
+        with pytest.raises(SystemExit, match="is there already, and this program did not write it"):
+            shapes_reference.main([folder])
+    with open("mine/training.json", "w") as file:
+        json.dump(dict(model="sd14"), file)  # a result of train.py
+    with pytest.raises(SystemExit, match="mine is there already"):
+        shapes_reference.main(["mine"])
+    assert sorted(os.listdir()) == ["letter.txt", "mine"] and sorted(os.listdir("mine")) == ["letter.txt", "training.json"]
+
+
+def test_a_reference_that_is_made_again_leaves_its_users_files(reference, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(reference))
+    with open("weights/card.md", "w") as file:
+        file.write("mine")
+    weights = load_file("weights/unet/diffusion_pytorch_model.safetensors")
+    for name, value in dict(IMAGES=64, AUTOENCODER_UPDATES=2, VALIDATION_PROMPTS=2).items():
+        monkeypatch.setattr(shapes_reference, name, value)
+    os.remove("weights/unet/diffusion_pytorch_model.safetensors")
+    shapes_reference.main(["weights", "--updates", "2"])
+    again = load_file("weights/unet/diffusion_pytorch_model.safetensors")
+    assert all((weights[name] == again[name]).all() for name in weights)
+    with open("weights/card.md") as file:
+        assert file.read() == "mine"
+    os.remove("weights/card.md")
+    assert sorted(os.listdir()) == ["runs", "weights"]
 
 
 def test_a_command_is_printed_as_a_shell_would_read_it(monkeypatch, capsys):
@@ -135,28 +172,29 @@ def test_a_command_is_printed_as_a_shell_would_read_it(monkeypatch, capsys):
 
 def test_the_prompts_of_the_readme_are_those_that_shapes_py_makes_its_pairs_of():
     with open("examples/prompts.txt", encoding="utf-8") as file:
-        assert file.read().splitlines() == [p["caption"] for p in world.make_prompts([shapes.SEEDS[0], 1], shapes.QUICK_PAIRS)]
+        assert file.read().splitlines() == [p["caption"] for p in world.make_prompts([shapes.SEED, 1], shapes.PAIRS)]
 
 
 @pytest.mark.slow
 def test_the_experiment_runs_and_goes_on_where_it_was_stopped(small, capsys):
     shapes.main([])
     out = capsys.readouterr().out
-    for command in ("perturb.py", "build_pairs.py --model shapes", "train.py --model shapes", "--objective diffusion-dpo"):
+    for command in ("perturb.py", "build_pairs.py --model shapes", "train.py --model shapes", "--objective diffusion-dpo",
+                    "--objective distill"):
         assert "$ python " in out and command in out
-    table = out[out.index("| guidance 1 |"):]
-    assert all(f"| {name} |" in table for name in ("Reference", "D-DPO", "DDSPO")) and "Not-paired" not in table
+    table = out[out.index("| model |"):]
+    assert all(f"| {name} |" in table for name in ("Reference", "D-DPO", "DDSPO", "Distilled")) and "Not-paired" not in table
     home = small / "runs" / "shapes"
-    assert (home / "shapes.png").stat().st_size > 10_000 and (home / "table.md").read_text() == table
+    assert (home / "shapes.png").stat().st_size > 10_000 and (home / "table.md").read_text() + "\n" == table
     kept = {path: path.stat().st_mtime_ns for path in home.rglob("*")
             if path.suffix == ".pt" or path.name.startswith("shard") or "guidance" in path.name}
-    assert len(kept) == 1 + 2 + 6  # a shard, two checkpoints, three models' scores at two guidances
-    shutil.rmtree(home / "seed-0" / "DDSPO")  # as if stopped while this was in the making
-    for path in (home / "seed-0").glob("DDSPO-*"):
+    assert len(kept) == 1 + 3 + 8  # a shard, three checkpoints, four models' scores at two guidances
+    shutil.rmtree(home / "DDSPO")  # as if stopped while this was in the making
+    for path in home.glob("DDSPO-*"):
         path.unlink()
     shapes.main([])
     again = capsys.readouterr().out
-    assert again[again.index("| guidance 1 |"):] == table
+    assert again[again.index("| model |"):] == table
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if "DDSPO" not in str(path))
 
 
@@ -168,11 +206,11 @@ def test_a_folder_that_was_begun_with_another_reference_is_refused(small):
 
 
 def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
-    monkeypatch.setattr(shapes, "FULL_PAIRS", 32)
-    monkeypatch.setattr(shapes, "PAIRS", (4, 16, 32))
+    monkeypatch.setattr(full, "FULL_PAIRS", 32)
+    monkeypatch.setattr(full, "FEW_PAIRS", (4, 16, 32))
     rows = shapes.perturbed("home", 0, 32)
-    whole = PairStore(shapes.make_pairs("home", rows, 0))
-    found = {name: PairStore(store) for name, store in shapes.variants("home", 0).items()}
+    whole = PairStore(shapes.make_store("home", rows, 0))
+    found = {name: PairStore(store) for name, store in full.variants("home", 0).items()}
     noise = PairStore("home/variants/other noise/pairs")
     assert [row["c_minus"] for row in noise.rows] == [row["c_minus"] for row in whole.rows]
     assert not (noise[0][1] == whole[0][1]).all()
@@ -186,7 +224,7 @@ def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
             assert (mixed_w == whole[i][1]).all() and (mixed_l == noise[i][2]).all() and not (mixed_l == x_0_l).all()
     assert len(found["32 pairs, losers of other noise"]) == 32
     thirds = [found[f"c_minus lost {which}"] for which in ("least", "more", "most")]
-    least, more, most = ([shapes.kept_share(row) for row in third.rows] for third in thirds)
+    least, more, most = ([full.kept_share(row) for row in third.rows] for third in thirds)
     assert [len(least), len(more), len(most)] == [11, 11, 10] and least[0] > most[-1]
     assert min(least) >= max(more) >= min(more) >= max(most)
     row, x_0_w, x_0_l = thirds[0][0]
@@ -198,53 +236,118 @@ def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
     assert [row["c_minus"] for row in found["100% removed"].rows] == [""] * 8
 
 
-def test_the_full_experiment_compares_every_method_and_every_variant_on_every_seed(small, monkeypatch):
+def test_the_full_experiment_compares_every_method_control_length_and_variant_on_every_seed(small, monkeypatch):
     """With the pair stores as they are, but without training: a drawn score for each place where one would be kept."""
     tuned = set()
 
-    def train_method(home, method, pairs, seed):
-        assert os.path.exists(pairs) and f"seed-{seed}" in pairs
-        tuned.add((os.path.relpath(pairs, f"runs/shapes-full/seed-{seed}"), method, seed))
-        os.makedirs(os.path.join(home, method))
-        os.symlink(shapes.REFERENCE, os.path.join(home, method, "pipeline"))
+    def tune(home, method, flags, store, seed, updates=None):
+        assert os.path.exists(store) and f"seed-{seed}" in store
+        assert flags[-4:] == ["--beta", 1000, "--lr", 3e-5] or method in ("Distilled", "Distilled, no prompt", "Rand-positive", "Not-paired")
+        tuned.add((os.path.relpath(store, f"runs/shapes-full/seed-{seed}"), os.path.relpath(home, f"runs/shapes-full/seed-{seed}"), method, updates, seed))
+        os.makedirs(os.path.join(home, method), exist_ok=True)
+        if not os.path.exists(os.path.join(home, method, "pipeline")):
+            os.symlink(models.PRESETS["shapes"], os.path.join(home, method, "pipeline"))
+        with open(os.path.join(home, method, "log.jsonl"), "w") as file:
+            for n in range((updates or 1) + 1):
+                file.write(json.dumps(dict(update=n, winner=n, drift=2 * n)) + "\n")
         return os.path.join(home, method, "pipeline")
 
-    def score(path, name, seed, guidance):
-        assert f"seed-{seed}" in path and (name == "shapes" or os.path.dirname(os.path.dirname(name)) == os.path.dirname(path))
+    asked = {}
+
+    def score_model(path, folder, seed, guidance, negatives=None):
+        assert f"seed-{seed}" in path and (folder == "shapes" or folder.startswith(os.path.dirname(path)))
+        if negatives:
+            asked[path] = negatives
         return dict(correct=(np.random.default_rng(list(path.encode())).random(20) < 0.5).tolist(), frechet=1.0)
 
-    for name, value in dict(SEEDS=(0, 1), PAIRS=(4, 9), train_method=train_method, score=score).items():
-        monkeypatch.setattr(shapes, name, value)
-    shapes.main(["--full"])
-    text = (small / "runs" / "shapes-full" / "table.md").read_text()
-    variants = ["9 pairs", "20% removed", "55% removed", "100% removed", "4 pairs", "4 pairs, losers of other noise",
-                "9 pairs, losers of other noise", "c_minus lost least", "c_minus lost more", "c_minus lost most"]
-    places = dict(zip(variants, ["", *[f"variants/{name}/" for name in variants[1:]]]))
-    assert tuned == {(f"{places[name]}pairs", method, seed) for seed in (0, 1) for name in variants for method in
-                     (("D-DPO", "DDSPO") if places[name] else shapes.METHODS)}
+    monkeypatch.setattr(full, "tune", tune)
+    monkeypatch.setattr(full, "score_model", score_model)
+    monkeypatch.setattr(shapes, "score_model", score_model)
+    full.main([])
+    home = small / "runs" / "shapes-full"
+    text = {path.stem: path.read_text() for path in home.glob("*.md")}
+    assert text.keys() == {"methods", "controls", "length", "variants"}
 
-    def share(place, method, g):
-        return np.mean([score(f"runs/shapes-full/seed-{seed}/{place}{method}-guidance{g}.json", "shapes", seed, g)["correct"] for seed in (0, 1)])
+    def share(place, g, seeds=(0, 1)):
+        return np.mean([score_model(f"runs/shapes-full/seed-{seed}/{place}-guidance{g}.json", "shapes", seed, g)["correct"] for seed in seeds])
 
-    rows = [[cell.strip() for cell in line.strip(" |").split(" | ")] for line in text.split("| pairs |")[1].strip().split("\n")[2:]]
-    assert [row[0] for row in rows] == variants
-    assert "\n| pairs | D-DPO, guidance 1 | DDSPO | DDSPO minus D-DPO | D-DPO, guidance 3 | DDSPO | DDSPO minus D-DPO |\n| --- | --- " in text
+    def table(text, first):
+        lines = text[text.index(f"| {first} |"):].split("\n\n")[0].strip().split("\n")
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "| --- |" not in line]
+
+    # what was tuned, on which pairs
+    variants = ["20% removed", "55% removed", "100% removed", "4 pairs", "4 pairs, losers of other noise", "9 pairs, losers of other noise",
+                "c_minus lost least", "c_minus lost more", "c_minus lost most"]
+    for seed in (0, 1):
+        expected = {("pairs without c_minus" if "no prompt" in method else "pairs", ".", method, None, seed) for method in full.METHODS}
+        expected |= {("pairs", "length", method, updates, seed) for method in ("D-DPO", "DDSPO") for updates in full.LENGTHS}
+        expected |= {(f"variants/{name}/pairs", f"variants/{name}", method, None, seed) for name in variants for method in ("D-DPO", "DDSPO")}
+        assert {row for row in tuned if row[-1] == seed} == expected
+    rows = PairStore("runs/shapes-full/seed-1/pairs without c_minus").rows
+    assert {row["c_minus"] for row in rows} == {""} and len(rows) == 9
+
+    # methods
     for g in (1, 3, 5):
-        assert f"\n| guidance {g} | {' | '.join(world.TAGS)} | held out |\n" in text
-    for name, *cells in rows:
+        rows = [row for row in table(text["methods"].split("| model |", 1 + (3, 1, 5).index(g))[-1].join(["| model |", ""]), "model")]
+        assert [row[0] for row in rows[1:]] == ["Reference", *full.METHODS]
+        for name, guidance, right, *differences, _ in rows[1:]:
+            assert guidance == str(g) and right.startswith(f"{share(name, g):.3f} [")
+            for other, difference in zip(("Reference", "D-DPO", "Distilled"), differences, strict=True):
+                assert difference == "" if name in ("Reference", other) else difference.startswith(f"{share(name, g) - share(other, g):+.3f} [")
+    best = table(text["methods"], "at its best guidance")
+    for name, guidance, right, *_ in best[1:]:
+        assert float(guidance) == full.BEST_GUIDANCE[name] and right.startswith(f"{share(name, int(guidance)):.3f} [")
+    assert [row[0] for row in best[1:]] == list(full.BEST_GUIDANCE)
+
+    # the reference with c_minus as negative prompt
+    rows = table(text["controls"], "c_minus has lost")
+    for name, *cells in rows[1:]:
+        low, high = full.SHARES[name]
+        for g, cell in zip(full.NEGATIVE_SCALES, cells, strict=True):
+            assert cell.startswith(f"{share(f'negative prompt/{low:g}-{high:g}', f'{g:g}'):.3f} [")
+            lost = [1 - len(c_minus.split()) / len(p["caption"].split()) for c_minus, p in
+                    zip(asked[f"runs/shapes-full/seed-1/negative prompt/{low:g}-{high:g}-guidance{g:g}.json"], shapes.scored_prompts(1), strict=True)]
+            assert low - 0.1 < np.mean(lost) < high + 0.1
+    everywhere = {(name, g): share(f"negative prompt/{low:g}-{high:g}", f"{g:g}", [100]) for name, (low, high) in full.SHARES.items() for g in full.NEGATIVE_SCALES}
+    name, g = max(everywhere, key=everywhere.get)
+    assert f"The best on seed 100: {name} removed, scale {g:g}" in text["controls"]
+
+    # lengths
+    rows = table(text["length"], "method")
+    assert [row[:2] for row in rows[1:]] == [[method, str(n)] for method in ("D-DPO", "DDSPO") for n in full.LENGTHS]
+    for method, n, at_1, _, at_3, _, winner, drift in rows[1:]:
+        assert at_1.startswith(f"{share(f'length/{method}, {n} updates', 1):.3f} [") and at_3.startswith(f"{share(f'length/{method}, {n} updates', 3):.3f} [")
+        last = range(int(n) - 9, int(n) + 1)  # the run's last ten updates up to this one
+        assert (winner, drift) == (f"{np.mean(last):.2g}", f"{2 * np.mean(last):.2g}")
+
+    # variants
+    places = {"9 pairs": ""} | {name: f"variants/{name}/" for name in variants}
+    rows = table(text["variants"], "pairs")
+    assert rows[0] == ["pairs", "D-DPO, guidance 1", "DDSPO", "DDSPO minus D-DPO", "D-DPO, guidance 3", "DDSPO", "DDSPO minus D-DPO"]
+    assert [row[0] for row in rows[1:]] == list(places)
+    for name, *cells in rows[1:]:
         for k, g in enumerate((1, 3)):
-            d_dpo, ddspo = (share(places[name], method, g) for method in ("D-DPO", "DDSPO"))
+            d_dpo, ddspo = (share(places[name] + method, g) for method in ("D-DPO", "DDSPO"))
             assert cells[3 * k:3 * k + 2] == [f"{d_dpo:.3f}", f"{ddspo:.3f}"] and cells[3 * k + 2].startswith(f"{ddspo - d_dpo:+.3f} [")
-    for method, g in (("Reference", 1), ("Rand-positive", 3), ("Not-paired", 5)):
-        assert f"\n| {method} | {share('', method, g):.3f} [" in text.split(f"| guidance {g} |")[1]
-    for method, g in shapes.BEST_GUIDANCE.items():
-        assert f"\n| {method} | {g} | {share('', method, g):.3f} [" in text
-    assert {path.name for path in (small / "figures").iterdir()} == {"shapes.png", "shapes-front.png", "shapes-pairs.png"}
+    assert {path.name for path in (small / "figures").iterdir()} == {"shapes.png", "shapes-front.png", "shapes-length.png", "shapes-pairs.png"}
+
+
+def test_settings_are_searched_by_the_share_at_guidance_3_in_per_cent_and_then_at_1(small, monkeypatch):
+    monkeypatch.setattr(full, "GRID", {"DDSPO": {"--beta": (1, 2), "--lr": (3,)}, "Distilled": {"--scale": (4,), "--lr": (5,)}})
+    shares = {"1-3/DDSPO": {1: 0.5, 3: 0.604}, "2-3/DDSPO": {1: 0.6, 3: 0.596}, "4-5/Distilled": {1: 0.1, 3: 0.2}}
+    flags = {}
+    monkeypatch.setattr(full, "tune", lambda place, method, its, store, seed: flags.setdefault(f"{os.path.basename(place)}/{method}", its) and place)
+    monkeypatch.setattr(full, "scores_at", lambda place, name, folder, seed, guidances: {
+        g: dict(correct=[shares.get(f"{os.path.basename(place)}/{name}", {}).get(g, g / 10)], frechet=g) for g in guidances})
+    text = full.search_settings("home")
+    assert flags == {"1-3/DDSPO": ["--beta", 1, "--lr", 3], "2-3/DDSPO": ["--beta", 2, "--lr", 3],
+                     "4-5/Distilled": ["--objective", "distill", "--scale", 4, "--lr", 5]}
+    assert "| DDSPO | 1 | 3 | 0.500, 1.00 | 0.604, 3.00 |" in text and "| DDSPO, 2-3 | 0.600 |" in text and "| DDSPO, 1-3 |" not in text
 
 
 def test_the_share_of_content_words_that_a_prompt_keeps():
     row = dict(c="there is a big red circle above a blue square", c_minus="is big red circle a square")
-    assert shapes.kept_share(row) == 4 / 6
+    assert full.kept_share(row) == 4 / 6
 
 
 def test_tables_show_means_and_paired_differences(monkeypatch):
@@ -253,14 +356,17 @@ def test_tables_show_means_and_paired_differences(monkeypatch):
     for seed in (0, 1):
         runs[seed] = {name: {g: dict(correct=(rng.random(20) < share).tolist(), frechet=1.0 + seed) for g in (1, 3)}
                       for name, share in (("Reference", 0.3), ("D-DPO", 0.5), ("DDSPO", 0.7))}
-    rows = {line.split(" | ")[0]: [cell.strip(" |") for cell in line.split(" | ")]
-            for line in shapes.table(runs, (3,)).split("\n")[:5]}
-    share = {name: np.mean([runs[seed][name][3]["correct"] for seed in runs]) for name in runs[0]}
-    assert float(rows["| DDSPO"][1].split()[0]) == pytest.approx(share["DDSPO"], abs=6e-4)
-    assert float(rows["| DDSPO"][2].split()[0]) == pytest.approx(share["DDSPO"] - share["Reference"], abs=6e-4)
-    assert float(rows["| DDSPO"][3].split()[0]) == pytest.approx(share["DDSPO"] - share["D-DPO"], abs=6e-4)
-    assert rows["| Reference"][2] == rows["| D-DPO"][3] == "" and rows["| DDSPO"][4] == "1.50"
-    monkeypatch.setattr(shapes, "BEST_GUIDANCE", {"Reference": 3, "D-DPO": 3, "DDSPO": 1})
-    best = shapes.table_at_best(runs).split("\n")[4].split(" | ")
-    at_1 = np.mean([runs[seed]["DDSPO"][1]["correct"] for seed in runs])
-    assert float(best[3].split()[0]) == pytest.approx(at_1 - share["Reference"], abs=6e-4)
+    share = {(name, g): np.mean([runs[seed][name][g]["correct"] for seed in runs]) for name in runs[0] for g in (1, 3)}
+    lines = shapes.table_of_models(runs, "model", {"Reference": 3, "D-DPO": 3, "DDSPO": 1}).split("\n")
+    rows = {line.split(" | ")[0]: [cell.strip(" |") for cell in line.split(" | ")] for line in lines}
+    assert float(rows["| DDSPO"][2].split()[0]) == pytest.approx(share["DDSPO", 1], abs=6e-4)
+    assert float(rows["| DDSPO"][3].split()[0]) == pytest.approx(share["DDSPO", 1] - share["Reference", 3], abs=6e-4)
+    assert float(rows["| DDSPO"][4].split()[0]) == pytest.approx(share["DDSPO", 1] - share["D-DPO", 3], abs=6e-4)
+    assert rows["| Reference"][3] == rows["| D-DPO"][4] == "" and rows["| DDSPO"][1] == "1" and rows["| DDSPO"][5] == "1.50"
+    tags = shapes.table_by_tag(runs, 3).split("\n")
+    prompts = [p for seed in runs for p in shapes.scored_prompts(seed)]
+    values = np.concatenate([runs[seed]["DDSPO"][3]["correct"] for seed in runs])
+    position = [v for v, p in zip(values, prompts) if p["tag"] == "position" and not p["held_out"]]
+    held_out = [v for v, p in zip(values, prompts) if p["held_out"]]
+    cells = [cell.strip() for cell in tags[4].strip("|").split("|")]
+    assert cells[0] == "DDSPO" and (cells[4], cells[6]) == (f"{np.mean(position):.2f}", f"{np.mean(held_out):.2f}")
