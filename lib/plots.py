@@ -1,4 +1,4 @@
-"""Pictures (the grid of Fig. 3, the pairs of a store, the curves of a run) and tables. A file appears whole or not at all."""
+"""Pictures: the grid of Fig. 3, the pairs of a store, the curves of a run. And tables, in Markdown."""
 
 import io
 import os
@@ -93,8 +93,8 @@ def save_figure(figure, path):
 
 def try_path(path):
     """Raises UserError or OSError, before anything is computed, if no picture can be written here."""
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise UserError(f"{path!r} is a folder, but a picture is to be written there: move it, or give another name.")
+    if os.path.isdir(path) or not path.lower().endswith(".png"):
+        raise UserError(f"{path!r} must be the name of a picture to write, a file that ends in .png.")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     open(path + ".partial", "wb").close()
     os.remove(path + ".partial")

@@ -1,9 +1,9 @@
 """A world of coloured shapes: scenes, captions as people write them, and a score by rule, with no neural judge.
 
 Images of 32 x 32 pixels show one or two objects. A prompt asks for shapes, colours, sizes and places: "a small red
-circle to the left of a big blue square". The judge finds the objects of an image by their colour and outline, and an
-image is right if it shows what the prompt asks for and nothing else. shapes.py trains a model of this world. GenEval's
-tags (arXiv 2310.11513) are the example for TAGS.
+circle to the left of a big blue square". The judge finds the objects of an image by their colour and outline, and
+calls the image right if it shows what the prompt asks for and nothing else. studies/shapes_reference.py trains a model
+of this world. TAGS follow the example of GenEval's (arXiv 2310.11513).
 """
 
 import itertools
@@ -18,14 +18,14 @@ COLORS = {"red": (215, 40, 40), "green": (40, 165, 60), "blue": (50, 80, 220), "
           "purple": (160, 50, 180), "black": (25, 25, 25)}
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": (3.5, 4.2), "large": (5.8, 6.6), None: (3.5, 6.6)}  # the radius that is drawn, from and to
-LARGE = 4.8  # an object of at least this radius is found large
+LARGE = 4.8  # the judge calls an object of at least this radius large
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-NEAR = 3.0  # pixels: an object that is not farther from the centre of the image, along x and y, is in its middle
+NEAR = 3.0  # pixels from the centre, along x and along y, that count as the middle of the image
 HELD_OUT = {("circle", "yellow"), ("square", "purple"), ("triangle", "blue")}  # in no training image or caption
 
 
 def mask(shape, u, v):
-    """Where a shape is. u and v are coordinates in its bounding box [-1, 1]^2, v points down."""
+    """Which points lie in a shape. u and v are coordinates in its bounding box [-1, 1]^2; v points down."""
     if shape == "circle":
         return u**2 + v**2 <= 1
     return (abs(v) <= 1) & (abs(u) <= (1 if shape == "square" else (v + 1) / 2))
@@ -41,7 +41,8 @@ def render(scene):
 
 
 def lies(dx, dy, where, near=NEAR, clearly=1.0):
-    """Whether an offset in pixels is in a direction: more along it than across, `clearly` times. "middle" is none."""
+    """Whether an offset in pixels points in a direction: `clearly` times more along it than across. "middle" asks for
+    no offset."""
     if where == "middle":
         return max(abs(dx), abs(dy)) <= near
     right, down = DIRECTIONS[where]
@@ -75,7 +76,7 @@ TAGS = ("one object", "two objects", "sizes", "position", "sizes and position")
 
 
 def make_prompt(rng, tag, held_out=False):
-    """What a caption of this tag asks for; with `held_out`, one object is of a held-out combination."""
+    """A prompt of this tag; with `held_out`, one object has a held-out combination of shape and colour."""
     combinations = [(s, c) for s in SHAPES for c in COLORS if held_out or (s, c) not in HELD_OUT]
     picks = rng.choice(len(combinations), 1 if tag == "one object" else 2, replace=False)
     objects = [combinations[i] for i in picks]
@@ -119,8 +120,8 @@ def write_caption(rng, prompt):
 
 
 def make_prompts(seed, count, held_out_share=0.0):
-    """count prompts, the tags in turn, each with its caption, no two captions the same; the last share of them with
-    held-out combinations. `seed` is a list of integers."""
+    """`count` prompts with different captions, the tags in turn; the last share of them has held-out combinations.
+    `seed` is a list of integers."""
     rng, prompts, seen = np.random.default_rng([11, *seed]), [], set()
     while len(prompts) < count:
         held_out = len(prompts) >= count * (1 - held_out_share)
@@ -133,7 +134,7 @@ def make_prompts(seed, count, held_out_share=0.0):
 
 
 def corrupt(rng, prompt):
-    """The prompt with one thing wrong: a shape, a colour, a size or the place. It brings in no held-out combination."""
+    """The prompt with one thing wrong: a shape, a colour, a size or the place. No held-out combination comes in."""
     said = [word for o in prompt["objects"] for word in o] + [prompt["where"]]
     kinds = [SHAPES, COLORS, ("small", "large")] * len(prompt["objects"]) + [DIRECTIONS]
     while True:
