@@ -17,7 +17,7 @@ from PIL import Image
 
 import evaluate
 from judges import compbench, fid, geneval, preference, shapes, shared, table
-from lib import models, plots
+from lib import models, plots, shapes_world
 from lib.files import UserError, write_file
 from lib.processes import holding
 
@@ -133,7 +133,7 @@ def test_images_depend_on_seed_and_place_only(world, sd, monkeypatch):
     os.makedirs(world / "three")
     for rank, share in ((0, 3), (2, 3), (1, 4)):
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate.common, "processes", lambda folder, rank=rank: contextlib.nullcontext((rank, 3, torch.device("cpu"))))
+            patch.setattr(evaluate, "processes", lambda folder, rank=rank: contextlib.nullcontext((rank, 3, torch.device("cpu"))))
             generate(world, sd, "three", "--bench", "pick", "coco", "--batch-size", "3", "--seed", "5")
         assert len(os.listdir(world / "three" / "pick" / "images")) == share  # batch 0, no batch, batch 1
     one = images(world / "one")
@@ -613,7 +613,7 @@ def test_images_that_were_made_elsewhere_are_scored_too(world, sd, capsys):
     assert not run.exists()
     for k, row in enumerate(rows):
         os.makedirs(os.path.dirname(run / row["path"]), exist_ok=True)
-        image = shapes.render(shapes.make_scene(np.random.default_rng(k), row["metadata"])) if k % 2 else np.zeros((32, 32, 3), np.uint8)
+        image = shapes_world.render(shapes_world.make_scene(np.random.default_rng(k), row["metadata"])) if k % 2 else np.zeros((32, 32, 3), np.uint8)
         Image.fromarray(image).save(run / row["path"])
     score(world, "foreign images", flags=["--foreign"])
     found = [json.loads(line)["correct"] for line in open(run / "scores" / "shapes.jsonl")]
