@@ -97,6 +97,6 @@ def test_a_picture_has_a_name_that_ends_in_png(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for name in ("", "picture", "picture.jpg", "folder.png", "picture.png/"):
         with pytest.raises(UserError, match="must be the name of a picture to write, a file that ends in .png"):
-            plots.try_path(str(tmp_path / name) if name else "")
+            plots.try_path(os.path.join(tmp_path, name) if name else "")
     plots.try_path(str(tmp_path / "new" / "picture.PNG"))
     assert sorted(os.listdir(tmp_path)) == ["folder.png", "new"] and os.listdir(tmp_path / "new") == []
