@@ -34,7 +34,7 @@ from judges import compbench, fid, geneval, preference, shapes
 from judges.table import FIXED, in_a_line, make_table, note_scores, read_coco, read_scores, read_settings
 from lib import models, plots
 from lib.files import UserError, checksum, json_lines, same_settings, text_checksum, text_lines, to_lines, write_file
-from lib.models import load_part, naming
+from lib.parts import load_part, naming
 from lib.processes import at_least, barrier, holding, place, processes, program
 from lib.prompts import check_rows
 

