@@ -72,11 +72,18 @@ def given_flags(parser, argv):
 
 @contextlib.contextmanager
 def holding(folder):
-    """Makes a folder and holds it for this process alone. Raises UserError if another process holds it."""
+    """Makes a folder and holds it for this process alone; a folder into which nothing was written goes again. Raises
+    UserError if another process holds it."""
     os.makedirs(folder, exist_ok=True)
+    lock = os.path.join(folder, ".lock")
     try:
-        with FileLock(os.path.join(folder, ".lock"), timeout=0):
-            yield
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # raised by rmdir where there are files
+                    os.remove(lock)
+                    os.rmdir(folder)
     except Timeout:
         raise UserError(f"another process is writing into {folder}: wait until it ends, or stop it.") from None
 
@@ -115,3 +122,12 @@ def barrier():
     """Waits for the other processes, if there are any."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_all(value):
+    """The value that each process has here, in a list."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values

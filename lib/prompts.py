@@ -94,6 +94,23 @@ def is_perturbed(path):
                for _, row in json_lines(path))
 
 
+def read_perturbed(path, seed):
+    """A row, dict(id, c, c_minus, noise_seed and how perturb.py made c_minus), for each line of perturb.py's file or of
+    another one in its format. Raises UserError with all lines that make no preference."""
+    if not os.path.isfile(path) or not path.endswith(".jsonl"):
+        raise UserError(f"--prompts {path}: there is no such .jsonl file. Make it with  python perturb.py prompts.txt "
+                        "perturbed.jsonl")
+    lines = dict(json_lines(path))  # {number: row}
+    found = list(check_rows(path, lines.items(), ["c", "c_minus"]))
+    stop_if_bad(path, [f"{path}:{number}: c is empty, or c_minus is the same as c: they make no preference"
+                       for number, _, c, c_minus in found if not c or c == c_minus])
+    rows = []
+    for i, (number, name, c, c_minus) in enumerate(found):
+        how = {key: lines[number][key] for key in ("strategy", "perturb_seed", "llm") if key in lines[number]}
+        rows.append(dict(id=name, c=c, c_minus=c_minus, noise_seed=seed + i, **how))
+    return rows
+
+
 def read_answer(answer, c):
     """c_minus from a chat model's answer, which must be {"prompt": "..."} with another text than c, and may stand in a
     ```json fence. Raises ValueError otherwise, which says why."""

@@ -1,5 +1,6 @@
 """build_pairs.py: the right latents for c and c_minus or for two images, and one store whatever happens on the way."""
 
+import io
 import itertools
 import json
 import os
@@ -23,10 +24,10 @@ from safetensors.torch import load_file, save_file
 
 import build_pairs
 import perturb
-from build_pairs import check_store
 from lib import models, plots
 from lib.files import UserError, checksum
-from lib.pairs import PairStore, shard_path
+from lib.images import image_bytes, read_pair
+from lib.pairs import PairStore, check_store, shard_path
 from lib.processes import holding
 
 STEPS = ["--steps", "2", "--shard-size", "3"]
@@ -114,7 +115,7 @@ def test_prompts_that_differ_only_where_the_model_reads_no_further_are_refused_b
         build(sd, tmp_path / "store", "--prompts", write_lines(tmp_path / "long.jsonl", rows), *STEPS)
     *bad, last = str(stop.value).splitlines()
     assert [re.search(r"long.jsonl: (.*): c and c_minus are the same in the 77 tokens that the model reads", line)[1] for line in bad] == ["p75", "p76"]
-    assert last.startswith("2 bad lines in") and os.listdir(tmp_path / "store") == [".lock"]
+    assert last.startswith("2 bad lines in") and not os.path.exists(tmp_path / "store")
 
 
 def test_winners_only_are_the_winners_of_the_pairs(sd, prompts, pairs, tmp_path):
@@ -143,6 +144,12 @@ def test_latents_that_are_not_finite_are_not_stored(sd, prompts, tmp_path, monke
     assert sorted(read_folder(tmp_path / "store")) == ["meta.json", "pairs.jsonl"]
 
 
+def on_white(x):
+    """RGBA -> RGB, by hand."""
+    alpha = x[:, :, 3:] / 255
+    return np.round(x[:, :, :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """A folder of four pairs of images, and {file: its pixels (64, 64, 3) as the autoencoder should see them}."""
@@ -155,7 +162,7 @@ def photos(tmp_path_factory):
     for file, *shape, expected in (
             ("plain.png", 16, 16, 3, lambda x: x), ("wide.png", 16, 25, 3, lambda x: x[:, 18:82]),
             ("tall.png", 40, 32, 3, lambda x: resized(x, 64, 80)[8:72]), ("grey.png", 16, 16, 1, lambda x: x.repeat(3, 2)),
-            ("clear.png", 16, 16, 4, lambda x: x[:, :, :3]), ("deep/tiny.webp", 8, 10, 3, lambda x: resized(x, 80, 64)[:, 8:72]),
+            ("clear.png", 16, 16, 4, on_white), ("deep/tiny.webp", 8, 10, 3, lambda x: resized(x, 80, 64)[:, 8:72]),
             ("turned-6.jpg", 16, 20, 3, lambda x: np.rot90(x[:, 8:72], -1)),  # the camera was turned, so the picture must be
             ("turned-8.jpg", 16, 20, 3, lambda x: np.rot90(x[:, 8:72]))):
         x = rng.integers(256, size=shape, dtype=np.uint8).repeat(4, 0).repeat(4, 1)
@@ -182,25 +189,49 @@ def test_images_become_the_means_of_their_codes_upright_cut_square_and_scaled(fa
             image = torch.tensor(pixels[given[side]].copy()).permute(2, 0, 1)[None].float() / 255 * 2 - 1
             with torch.no_grad():
                 code = vae.encode(image).latent if name == "sana" else vae.encode(image).latent_dist.mode()
-            torch.testing.assert_close(found, (code[0] - shift) * factor, rtol=1e-4, atol=1e-5)
+            close = dict(atol=0.02) if given[side] == "clear.png" else dict(atol=1e-5)  # Pillow's own rounding of alpha
+            torch.testing.assert_close(found, (code[0] - shift) * factor, rtol=1e-4, **close)
     problems = check_store(store, models.load(model))
     assert all("deviation" in problem for problem in problems)  # random weights; a null c_minus is no problem
 
 
-def test_a_stopped_run_of_images_goes_on_past_a_mended_image_to_the_same_store(sd, photos, tmp_path, monkeypatch):
+def test_all_bad_images_are_named_before_the_first_shard_and_a_stopped_run_goes_on_past_the_mended_ones(sd, photos, tmp_path, monkeypatch):
     folder = shutil.copytree(photos[0], tmp_path / "photos")
     command = [sd, tmp_path / "store", "--from-images", folder, "--shard-size", 1]
     build(sd, tmp_path / "whole", *command[2:])
-    good = (folder / "turned-8.jpg").read_bytes()
-    (folder / "turned-8.jpg").write_bytes(good[:len(good) // 2])  # the loser of the last pair
+    good = {name: (folder / name).read_bytes() for name in ("turned-8.jpg", "tall.png")}
+    for name, content in good.items():
+        (folder / name).write_bytes(content[:len(content) // 2])
     made = stop_at_call(monkeypatch, 3)
+    with pytest.raises(SystemExit) as stop:
+        build(*command)
+    first, second, last = str(stop.value).splitlines()
+    assert re.fullmatch(r"pair 1: \S*/photos/tall.png cannot be read as an image: \S.*", first) and "turned-8.jpg cannot be read" in second
+    assert last == "2 bad pairs: mend them, or give --skip-bad, which leaves them out." and not (made or os.path.exists(tmp_path / "store"))
+    for name, content in good.items():
+        (folder / name).write_bytes(content)
     with pytest.raises(SystemExit, match="stopped"):
         build(*command)
-    with pytest.raises(SystemExit, match=r"photos/turned-8.jpg cannot be read as an image \("):
-        build(*command)
-    (folder / "turned-8.jpg").write_bytes(good)
     build(*command)
-    assert made == ["0", "1", "2", "2", "3", "3"] and read_folder(tmp_path / "store") == read_folder(tmp_path / "whole")
+    assert made == ["0", "1", "2", "2", "3"] and read_folder(tmp_path / "store") == read_folder(tmp_path / "whole")
+
+
+def test_skip_bad_leaves_out_pairs_that_are_none_and_counts_them(sd, photos, tmp_path, capsys):
+    folder = shutil.copytree(photos[0], tmp_path / "photos")
+    build(sd, tmp_path / "whole", "--from-images", folder, "--shard-size", 2)
+    (folder / "tall.png").unlink()  # the winner of the second pair
+    command = [sd, tmp_path / "store", "--from-images", folder, "--shard-size", 2, "--skip-bad"]
+    for _ in range(2):
+        build(*command)
+        said, store = capsys.readouterr().out, PairStore(tmp_path / "store")
+        assert re.search(r"left out 1 bad pair of 4:\npair 1: \S*/tall.png cannot be read as an image: No such file", said)
+        assert "store: 3 pairs in 2 shards" in said or "store is complete: 3 pairs; nothing was done" in said
+        assert [row["id"] for row in store.rows] == ["0", "2", "3"] and len(store) == 3
+        for i, k in enumerate((0, 2, 3)):
+            for x, y in zip(store[i][1:], PairStore(tmp_path / "whole")[k][1:]):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit, match="1 bad pair: mend them, or give --skip-bad"):
+        build(*command[:-1])
 
 
 @pytest.mark.parametrize("damage", [
@@ -210,8 +241,8 @@ def test_a_stopped_run_of_images_goes_on_past_a_mended_image_to_the_same_store(s
 ], ids=["empty", "text", "half", "head", "head damaged", "petapixels"])
 def test_an_unreadable_image_is_named(damage, photos, tmp_path):
     (tmp_path / "bad.png").write_bytes(damage((photos[0] / "plain.png").read_bytes()))
-    with pytest.raises(UserError, match=r"^\S*/bad.png cannot be read as an image \(.*\): replace it, or take its pair out.\Z"):
-        build_pairs.read_image(str(tmp_path / "bad.png"), (tmp_path / "bad.png").read_bytes(), 64)
+    with pytest.raises(UserError, match=r"^pair 7: \S*/bad.png cannot be read as an image: [^<>]+\Z"):
+        read_pair(dict(id="7", winner=str(photos[0] / "plain.png"), loser=str(tmp_path / "bad.png")))
 
 
 def test_a_finished_store_has_these_files_and_is_left_alone(sd, prompts, pairs, capsys):
@@ -270,8 +301,11 @@ def test_killed_at_any_change_to_any_file_it_goes_on_to_the_same_store(sd, promp
         out = str(tmp_path / f"store-{n}")
         code = killed_at(n, out, sd, out, *flags)
         if code == 9:
-            with pytest.raises(UserError, match="is not finished|is no pair store"):
-                PairStore(out)
+            if os.path.exists(f"{out}/meta.json") and "checksums" in json.load(open(f"{out}/meta.json")):  # only the notes and the lock were left to be removed
+                assert [PairStore(out)[i][0]["id"] for i in range(4)] == ["p0", "p1", "p2", "p3"]
+            else:
+                with pytest.raises(UserError, match="is not finished|is no pair store"):
+                    PairStore(out)
             build(sd, out, *flags)
         assert read_folder(out) == read_folder(tmp_path / "whole")
         if code != 9:
@@ -350,27 +384,6 @@ def test_a_changed_table_or_meta_is_noticed(sd, prompts, copy):
             build(sd, copy, "--prompts", prompts, *STEPS)
 
 
-@pytest.mark.parametrize("change", [
-    b"", b"{", b"5", b"\xff", ("id", 4), ("c", " "), ("c", None), ("c_minus", 4), ("row", -1), ("row", "1"), ("row", 0.5),
-    *itertools.product(["shard"], (4, -1, "1", "../../x", 0.0, None, float("inf")))], ids=str)
-def test_a_line_that_is_no_row_is_named_though_the_table_has_its_checksum(change, copy):
-    lines = (copy / "pairs.jsonl").read_bytes().splitlines()
-    lines[4] = change if isinstance(change, bytes) else json.dumps(json.loads(lines[4]) | dict([change])).encode()
-    (copy / "pairs.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    vouch(copy)
-    with pytest.raises(UserError, match=r"^\S*/pairs.jsonl(:5: not a (row of a pair store|JSON object).*| has 9 lines, and not .*)\Z"):
-        PairStore(copy)
-
-
-def test_a_table_without_all_of_its_lines_is_refused_though_it_has_its_checksum(copy):
-    lines = (copy / "pairs.jsonl").read_text().splitlines(keepends=True)
-    for kept, message in ((lines[:9], "has 9 lines, and not one for each of 10 pairs"), ([], "has 0 lines, and not")):
-        (copy / "pairs.jsonl").write_text("".join(kept))
-        vouch(copy)
-        with pytest.raises(UserError, match=f"pairs.jsonl {message}"):
-            PairStore(copy)
-
-
 def scaled(x, deviation):
     return x * deviation / x.std()
 
@@ -428,17 +441,6 @@ def test_a_check_names_everything_that_is_wrong_and_nothing_else(sd, prompts, pa
                 r"5\.\S+: x_0_l of the pairs \['p5'\] has a deviation of nan", r"6\.\S+ is not a shard of a pair store", r"8\.\S+ is missing or damaged"]
     found = check_store(PairStore(out), models.load(sd))
     assert len(found) == len(expected) and all(re.search(wanted, line) for wanted, line in zip(expected, found)), found
-
-
-@pytest.mark.parametrize("change, message", [
-    (dict(id="p0"), "2 pairs have the id p0"), (dict(c_minus="a tall tree on a hill"), "pair p4: c and c_minus are the same")])
-def test_pairs_that_are_no_pairs_are_refused_though_the_table_has_its_checksum(change, message, copy):
-    rows = [json.loads(line) for line in open(copy / "pairs.jsonl")]
-    rows[4] |= change
-    write_lines(copy / "pairs.jsonl", rows)
-    vouch(copy)
-    with pytest.raises(UserError, match=f"pairs.jsonl:5: {message}"):
-        PairStore(copy)
 
 
 def test_a_folder_with_other_files_is_not_made_a_store(sd, prompts, copy, tmp_path):
@@ -549,9 +551,19 @@ def test_pick_a_pics_files_give_the_pairs_that_their_images_would_without_ties(s
     assert PairStore(tmp_path / "one").rows[0]["c"] == "of the test split"
 
 
+def png(*colour):
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(image, "png")
+    return image.getvalue()
+
+
+PNG = png(9, 9, 9)
+
+
 @pytest.mark.parametrize("rows, message", [
-    ([(b"x", b"x", 1.0, "a fox")], r"the winner and the loser of the pairs \['000001'\] are the same image: take these pairs out"),
-    ([(b"x", b"y", 1.0, "a fox")], r"a.parquet/0/0/jpg_0 cannot be read as an image"), ([(b"x", None, 1.0, "a fox")], r"a.parquet/0/0/jpg_1 is not the bytes of an image"),
+    ([(PNG, PNG, 1.0, "a fox")], "pair 000001: .*jpg_0 and .*jpg_1 are the same image\n1 bad pair: "),
+    ([(b"x", b"x", 1.0, "a fox")], "pair 000001: .*a.parquet/0/0/jpg_0 cannot be read as an image: it is no image, or of a kind that Pillow does not know"),
+    ([(b"x", b"y", 1.0, "a fox")], r"a.parquet/0/0/jpg_0 cannot be read as an image"), ([(PNG, None, 1.0, "a fox")], "pair 000001: .*a.parquet/0/0/jpg_1 cannot be read as an image: it is empty\n"),
     ([(b"x", b"y", 0.5, "a fox")], "a.parquet has no pairs in it"), (None, "a.parquet must have one column label_0; it has caption"),
     (b"text", "a.parquet cannot be read as a .parquet file")])
 def test_what_pick_a_pics_files_cannot_give_is_named(rows, message, sd, tmp_path):
@@ -565,32 +577,27 @@ def test_what_pick_a_pics_files_cannot_give_is_named(rows, message, sd, tmp_path
         build(sd, tmp_path / "store", "--from-images", tmp_path / "a.parquet")
 
 
-def test_a_row_group_of_images_is_not_in_memory_at_once(tmp_path):
-    noise, path, most = np.random.default_rng(0), str(tmp_path / "a.parquet"), 0
-    cells = [noise.bytes(100_000) for _ in range(400)]  # 40 MB
-    pick_a_pic(path, [(*cells[i:i + 2], 1.0, "a fox") for i in range(0, 400, 2)], group=200)
-    images, before = build_pairs.Images(), pyarrow.total_allocated_bytes()
-    for i, cell in enumerate(cells):
-        assert images.read(f"{path}/0/{i // 2}/jpg_{i % 2}") == cell
-        most = max(most, pyarrow.total_allocated_bytes())
-    assert 0 < most - before < 16_000_000
-    assert images.read(f"{path}/0/1/jpg_0") == cells[2]  # once more from the beginning
+def test_an_image_of_a_row_group_is_found_in_any_order(tmp_path):
+    path, cells = str(tmp_path / "a.parquet"), [bytes([i]) * 9 for i in range(40)]
+    pick_a_pic(path, [(*cells[i:i + 2], 1.0, "a fox") for i in range(0, 40, 2)], group=7)
+    for i in [*range(40), 3, 39, 0]:
+        assert image_bytes(f"{path}/{i // 14}/{i // 2 % 7}/jpg_{i % 2}") == cells[i]
 
 
 @pytest.mark.parametrize("flag, row, message", [
     ("--prompts", dict(c="same", c_minus="same"), "2: c is empty, or c_minus is the same as c"),
     ("--prompts", dict(c="", c_minus="b"), "2: c is empty"), ("--prompts", dict(c="x"), "2: not a row with texts c, c_minus"),
     ("--prompts", None, "has no pairs in it"), ("--from-images", None, "has no pairs in it"),
-    ("--from-images", GOOD | dict(loser="none.png"), "2: c is empty, .*or one of .*none.png.* is not there"),
-    ("--from-images", GOOD | dict(winner="deep"), "2: c is empty, .*deep.* is not there"),
-    ("--from-images", GOOD | dict(c=" "), "2: c is empty"), ("--from-images", GOOD | dict(loser=GOOD["winner"]), "2: c is empty, winner and loser are the same image"),
-    ("--from-images", GOOD | dict(loser="deep/../plain.png"), "2: c is empty, winner and loser are the same image"),
-    ("--from-images", GOOD | dict(loser="copy.png"), "2: c is empty, winner and loser are the same image"), ("--from-images", GOOD | dict(id="0"), "2: the id 0 is already that of"),
+    ("--from-images", GOOD | dict(loser="none.png"), "pair 1: .*none.png cannot be read as an image: No such file or directory\n1 bad pair: "),
+    ("--from-images", GOOD | dict(winner="deep"), "pair 1: .*deep cannot be read as an image: Is a directory"),
+    ("--from-images", GOOD | dict(c=" "), "2: c is empty"), ("--from-images", GOOD | dict(loser=GOOD["winner"]), "pair 1: .*plain.png and .* are the same image"),
+    ("--from-images", GOOD | dict(loser="deep/../plain.png"), "pair 1: .*plain.png and .* are the same image"),
+    ("--from-images", GOOD | dict(loser="copy.png"), "pair 1: .*plain.png and .* are the same image"), ("--from-images", GOOD | dict(id="0"), "2: the id 0 is already that of"),
     ("--from-images", dict(c="a fox", winner="plain.png"), "2: not a row with texts c, winner, loser")])
 def test_a_bad_line_is_named_and_nothing_is_begun(flag, row, message, sd, photos, tmp_path):
     shutil.copy(photos[0] / "plain.png", photos[0] / "copy.png")
     rows = [GOOD | dict(id="0", c_minus="b"), row, GOOD | dict(id="2", c_minus="b")] if row else []
-    with pytest.raises(SystemExit, match=f"bad.jsonl[: ]{message}"):
+    with pytest.raises(SystemExit, match=message if message.startswith("pair") else f"bad.jsonl[: ]{message}"):
         build(sd, tmp_path / "store", flag, write_lines(photos[0] / "bad.jsonl", rows))
     assert not os.path.exists(tmp_path / "store")
 
@@ -638,7 +645,7 @@ def test_inspect_says_and_draws_what_is_in_a_store(sd, pairs, tmp_path, capsys, 
 def test_inspect_tries_its_pictures_path_before_the_computing(copy, monkeypatch):
     os.mkdir(f"{copy}.png")
     monkeypatch.setattr(models, "load", None)
-    with pytest.raises(SystemExit, match=f"^'{copy}.png' is a folder, but a picture is to be written there: move it"):
+    with pytest.raises(SystemExit, match=f"^'{copy}.png' must be the name of a picture to write, a file that ends in .png"):
         build_pairs.main(["--inspect", str(copy)])
 
 
