@@ -302,6 +302,14 @@ def read_name(name):
     return PRESETS.get(path, path), variant
 
 
+def full_name(name):
+    """A model's name that means the same in every folder: a hub id, a folder's absolute path, or `shapes`."""
+    path, variant = read_name(name)
+    if path == PRESETS["shapes"]:
+        return "shapes"
+    return (os.path.abspath(path) if os.path.isdir(path) else path) + f"@{variant}" * bool(variant)
+
+
 @functools.cache
 def warn_once(text):
     if is_first():

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
+import shutil
 import warnings
 
 import diffusers
@@ -14,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 
-from lib.files import UserError, read_json
+from lib.files import UserError, read_json, write_file
 
 LIBRARIES = dict(diffusers=diffusers, transformers=transformers)  # the classes of a pipeline's parts are theirs
 transformers.logging.set_verbosity_error()  # it would warn of image processors that nothing here uses
@@ -126,6 +128,26 @@ def check_files(what, path, files):
         with open(file, "rb") as start:
             if start.read(12) == b"version http":
                 raise UserError(f"{file} is a pointer of git-lfs and no weights: run git lfs pull.")
+
+
+def copy_parts(folder, config, variant, without, target):
+    """Copies a model's folder, byte for byte, but for the part `without`, the safety checker and weights that are not
+    read; files of a variant get plain names. config is its model_index.json."""
+    absent = {name: [None, None] if value is None else value for name, value in WITHOUT.items()}
+    config = config | absent if "safety_checker" in config else config
+    write_file(os.path.join(target, "model_index.json"), json.dumps(config, indent=2) + "\n")
+    for part, entry in config.items():
+        if isinstance(entry, list) and entry[0] and part != without:
+            read = [os.path.basename(path) for path in weight_files(folder, part, variant)]
+            infix = f".{variant}" if f".{variant}" in "".join(read) else ""
+            os.makedirs(os.path.join(target, part))
+            for name in os.listdir(os.path.join(folder, part)):
+                path, copy = os.path.join(folder, part, name), os.path.join(target, part, name.replace(infix, ""))
+                if name.endswith(f".safetensors.index{infix}.json"):
+                    with open(path, encoding="utf-8") as file:
+                        write_file(copy, file.read().replace(infix, ""))
+                elif name in read or name.endswith((".json", ".txt", ".model")) and ".index." not in name:
+                    shutil.copyfile(path, copy)
 
 
 def stored_dtype(folder, part, variant=None):

@@ -1,17 +1,20 @@
-"""What a run of train.py keeps in its folder: checkpoints, the log, and at the end the result.
+"""What a run of train.py asks of its pairs, says, and keeps in its folder:
 
     checkpoint-000040.pt     what is trained after 40 updates, with the optimizer's state; the newest two are kept
-    log.jsonl                a line an update; curves.png is its picture
+    log.jsonl                a line an update; curves.png is its picture, tensorboard/ a copy
+    preview-000040.png       the student beside the reference, with --preview
     pipeline/ or lora/       the result: a diffusers folder, or an adapter for load_lora_weights
 
-Files appear whole or not at all. A stopped run goes on from its newest undamaged checkpoint.
+Files appear whole or not at all. A stopped run goes on from its newest checkpoint.
 """
 
-import contextlib
 import glob
 import json
+import math
 import os
+import pathlib
 import pickle
+import re
 import shlex
 import shutil
 import socket
@@ -21,38 +24,66 @@ import zipfile
 import numpy as np
 import psutil
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lib import models, plots
-from lib.files import UserError, checksum, save_state, text_checksum, write_file
+from lib.files import UserError, checksum, difference, replace_folder, save_state, text_checksum, write_file
+from lib.pairs import PairStore
+from lib.processes import from_all
+from lib.settings import HALF, find_row
 
 BANDS = 10  # of time steps, in the log
-FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", "batch_size", "precision", "seed")
+FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", "batch_size", "seed")
+BEFORE_A_CHECKPOINT = r"\.lock|log\.jsonl|tensorboard|preview-\d+\.png|.*\.partial"  # what a run may have written
+
+# ---- its folders
+
+
+def check_out(out):
+    """Raises UserError if a run's folder is, or lies in, a model or a pair store."""
+    where = pathlib.Path(out).resolve()
+    for folder in (where, *where.parents):
+        names = {path.name for path in folder.glob("*.json*")}
+        if "model_index.json" in names or {"meta.json", "pairs.jsonl"} <= names:
+            raise UserError(f"--out {out}: {folder} is a model or a pair store: give a folder outside it.")
+
+
+def open_store(args, needs_c_minus):
+    """The pair store. Raises UserError if there is none, or if its pairs do not go with the objective."""
+    if not os.path.exists(os.path.join(args.pairs, "meta.json")):
+        raise UserError(f"there is no pair store {args.pairs}: make it with\n    python perturb.py prompts.txt "
+                        f"perturbed.jsonl\n    torchrun build_pairs.py --model {args.model} --prompts perturbed.jsonl "
+                        f"--out {args.pairs}")
+    store = PairStore(args.pairs)
+    if args.negatives == "generated" and store.meta["negatives"] == "none":
+        raise UserError(f"{args.pairs} holds winners only: take --negatives rand-positive or not-paired.")
+    if args.negatives != "generated" and all(row["c"] == store.rows[0]["c"] for row in store.rows):
+        raise UserError(f"--negatives {args.negatives} needs other prompts, but {args.pairs} has only one prompt.")
+    if needs_c_minus and store.rows[0]["c_minus"] is None:
+        raise UserError(f"{args.pairs} holds pairs of images without c_minus, which Eq. 7 needs: take --objective "
+                        "diffusion-dpo, dspo or sft, or --winner and --loser (Eq. 6).")
+    return store
+
 
 # ---- checkpoints
 
 
-def trained_state(args, rank, net, optimizer=()):
-    """What is trained, and the optimizer's state, whole and on the CPU, for the first process. All of them call it."""
-    if rank > 0 and not args.fsdp:
-        return None, None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state, optimizer_state = get_state_dict(net, optimizer, options=options)
-    if hasattr(net, "peft_config"):  # LoRA
-        state = {name: x for name, x in state.items() if ".theta." in name}
-    return state, optimizer_state
+def trained_state(net):
+    """What is trained, on the CPU: the adapter theta, or the whole network."""
+    lora = hasattr(net, "peft_config")
+    return {name: x.detach().cpu() for name, x in net.state_dict().items() if ".theta." in name or not lora}
 
 
-def save_checkpoint(args, identity, net, optimizer, scaler, rank, update):
-    """Writes checkpoint-UPDATE.pt and removes all but the newest two. All processes call it."""
-    state, optimizer_state = trained_state(args, rank, net, optimizer)
-    if rank == 0:
-        whole = dict(identity=identity, update=update, net=state, optimizer=optimizer_state, scaler=scaler.state_dict())
-        save_state(os.path.join(args.out, f"checkpoint-{update:06d}.pt"), whole)
-        for old in checkpoints(args.out)[2:]:
-            os.remove(old)
+def save_checkpoint(run, update):
+    """Writes checkpoint-UPDATE.pt and removes this run's earlier ones, but for the last."""
+    optimizer = {name: {key: x.cpu() for key, x in run.optimizer.state[p].items()}
+                 for name, p in run.model.net.named_parameters() if p in run.optimizer.state}
+    path = os.path.join(run.args.out, f"checkpoint-{update:06d}.pt")
+    save_state(path, dict(identity=run.identity, update=update, net=trained_state(run.model.net), optimizer=optimizer,
+                          scaler=run.scaler.state_dict()))
+    earlier = [old for old in checkpoints(run.args.out) if old < path]
+    ours = [old for old in earlier if (read_checkpoint(old) or {}).get("identity") == run.identity]
+    for old in ours[1:]:
+        os.remove(old)
 
 
 def checkpoints(folder):
@@ -61,90 +92,65 @@ def checkpoints(folder):
     return sorted(filter(os.path.isfile, paths), reverse=True)
 
 
-def identity_of(args, store, model):
+def read_checkpoint(path):
+    """What save_checkpoint wrote, its tensors mapped into memory; None if the file is something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = all(isinstance(state[name], dict) for name in ("identity", "net", "optimizer", "scaler"))
+        return state if whole and path.endswith(f"{state['update']:06d}.pt") else None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError):
+        return None
+
+
+def load_checkpoint(run):
+    """Continues from the newest checkpoint, if there is one. Returns the number of updates done. Raises UserError if
+    the folder holds another run or something else, or if the processes do not all find the same."""
+    out, paths = run.args.out, checkpoints(run.args.out)
+    newest = os.path.basename(paths[0]) if paths else "no checkpoint"
+    agree(dict(run.identity, out=f"{out} with {newest}"))
+    if not paths:
+        others = [name for name in sorted(os.listdir(out)) if not re.fullmatch(BEFORE_A_CHECKPOINT, name)]
+        if others:
+            raise UserError(f"{out} holds {others[0]} and no checkpoint: move that away, or give another --out.")
+        return 0
+    state, trained = read_checkpoint(paths[0]), dict(run.model.net.named_parameters())
+    trained = {name: p for name, p in trained.items() if p.requires_grad}
+    if state and (what := difference(state["identity"], run.identity)):
+        raise UserError(f"the run in {out} was begun with {what}: continue it with the same flags, models and pairs, "
+                        "or give another --out.")
+    whole = state and trained.keys() <= state["net"].keys() & state["optimizer"].keys()
+    if not whole or zipfile.ZipFile(paths[0]).testzip():  # it holds a checksum of each tensor
+        raise UserError(f"{paths[0]} cannot be read as a checkpoint: delete it to go on from the one before.")
+    if state["update"] > run.args.updates:
+        raise UserError(f"the run in {out} has {state['update']} updates, more than --updates {run.args.updates}: give "
+                        "more, or another --out.")
+    for name, p in trained.items():  # one tensor after another, so that none is on the GPU twice
+        p.data.copy_(state["net"][name])
+        run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in state["optimizer"][name].items()}
+    run.scaler.load_state_dict(state["scaler"])
+    return state["update"]
+
+
+def identity_of(args, precision, store, model):
     """What must be the same when a run is continued: some flags, and checksums of its pairs and of the weights that it
-    starts from, under names that say what is wrong where they differ."""
-    files = {"other pairs": [store.meta["table"], *store.meta["checksums"]]}
+    starts from."""
+    files = {"pairs": [store.meta["table"], *store.meta["checksums"]]}
     for role, path in dict(winner=args.winner, loser=args.loser).items():
         if path:
             folder = path if os.path.isfile(os.path.join(path, models.LORA)) else models.find(path)[0]
             weights = glob.glob(os.path.join(glob.escape(folder), "**", "*.safetensors"), recursive=True)
-            files[f"other weights of --{role}"] = [*map(checksum, sorted(weights))]
-    if args.winner and files["other weights of --winner"] == files["other weights of --loser"]:
+            files[f"weights of --{role}"] = [*map(checksum, sorted(weights))]
+    if args.winner and files["weights of --winner"] == files["weights of --loser"]:
         raise UserError(f"--winner {args.winner} and --loser {args.loser} are the same policy: there is no preference.")
     sums = {name: text_checksum("".join(parts)) for name, parts in files.items()}
-    sums["other weights of --model"] = models.model_checksum(model)
-    return {name: getattr(args, name) for name in FLAGS} | sums
-
-
-def load_checkpoint(args, identity, net, optimizer, scaler):
-    """Continues from the newest undamaged checkpoint, if there is one. Returns the number of updates done. Raises
-    UserError if the run in --out is another one, or if the processes do not all find the same."""
-    trained, state = {name: p for name, p in net.named_parameters() if p.requires_grad}, None
-    for path in checkpoints(args.out):
-        try:
-            state = read_checkpoint(path, trained.keys())
-            break
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, OSError) as error:
-            print(f"{path} is damaged ({str(error).splitlines()[0]}) and is passed over.", file=sys.stderr)
-    update = state["update"] if state else 0
-    agree(dict(identity, out=f"{args.out} after update {update}"))
-    if not state:
-        for result in (os.path.join(args.out, name) for name in ("pipeline", "lora", "curves.png")):
-            if os.path.exists(result):
-                raise UserError(f"{result} is a result without a checkpoint, and would be replaced: give another "
-                                "--out.")
-        return 0
-    if what := difference(state["identity"], identity):
-        raise UserError(f"the run in {args.out} was begun with {what}: continue it with the same flags, models and "
-                        "pairs, or give another --out.")
-    if update > args.updates:
-        raise UserError(f"the run in {args.out} has {update} updates, more than --updates {args.updates}: give more, "
-                        "or another --out.")
-    for name, p in trained.items():  # one tensor after another, so that none is on the GPU twice
-        p.data.copy_(shard_like(state["net"][name], p))
-        optimizer.state[p] = {key: x.to(p.device, copy=True) if key == "step" else shard_like(x, p)
-                              for key, x in state["optimizer"]["state"][name].items()}
-    scaler.load_state_dict(state["scaler"])
-    return update
-
-
-def read_checkpoint(path, trained):
-    """What is in a checkpoint with the `trained` weights. Raises BadZipFile, or what torch raises, if it is damaged."""
-    with zipfile.ZipFile(path) as file:  # a torch checkpoint is a zip file, with a checksum for each tensor
-        damage = file.testzip()
-    if damage:
-        raise zipfile.BadZipFile(damage)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(state, dict) or not {"identity", "update", "net", "optimizer", "scaler"} <= state.keys():
-        raise zipfile.BadZipFile("it is another torch file")
-    missing = sorted(trained - (state["net"].keys() & state["optimizer"]["state"].keys()))
-    if missing:
-        raise zipfile.BadZipFile(f"it lacks the weights {missing[:3]}")
-    return state
-
-
-def shard_like(x, p):
-    """A copy of a tensor where the parameter p is: with FSDP, this process's share of it."""
-    x = x.to(p.device, copy=True)
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
-
-
-def difference(found, wanted):
-    """The first difference between two identities, in words: a flag with its two values, or the name of files, whose
-    checksums say nothing. None if they are the same."""
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            return name if name.startswith("other ") else f"{name} {found.get(name)}, not {value}"
+    sums["weights of --model"] = models.model_checksum(model)
+    return {name: getattr(args, name) for name in FLAGS} | dict(precision=precision) | sums
 
 
 def agree(mine):
     """Raises UserError if another process has another identity than the first: machines that see other files would add
     up gradients of different runs."""
-    if not dist.is_initialized():
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), mine))
+    everyone = from_all((socket.gethostname(), mine))
     first_host, first = everyone[0]
     for rank, (host, its) in enumerate(everyone):
         if what := difference(its, first):
@@ -152,72 +158,25 @@ def agree(mine):
                             "--out, --pairs and the models must be the same files for all.")
 
 
-# ---- the result
-
-
-def export(args, model, state):
-    """Writes the tuned pipeline in float32, or the adapter, and the run's flags beside it. Returns the folder."""
-    lora = hasattr(model.net, "peft_config")
-    folder = os.path.join(args.out, "lora" if lora else "pipeline")
-    shutil.rmtree(folder + ".partial", ignore_errors=True)
-    if lora:
-        weights = {name.replace(".theta.", "."): x.contiguous() for name, x in state.items()}
-        type(model.pipe).save_lora_weights(folder + ".partial", **{model.net_name + "_lora_layers": weights})
-    else:
-        tuned = models.load(args.model)
-        tuned.net.load_state_dict(state)
-        tuned.pipe.save_pretrained(folder + ".partial")
-    note = os.path.join(folder + ".partial", "training.json")
-    more = dict(preset=models.preset_of(args.model), prediction_type=model.prediction_type)
-    write_file(note, json.dumps(vars(args) | more, indent=1) + "\n")
-    for path in glob.glob(os.path.join(glob.escape(folder + ".partial"), "**", "*.safetensors"), recursive=True):
-        shutil.copymode(note, path)  # safetensors makes files that only their writer may read
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(folder + ".partial", folder)
-    print(f"wrote {folder}")
-    return folder
-
-
-def finish(args, model, rank):
-    """Exports the result, draws the log, which is worth less, and says how to go on. All processes call it."""
-    state, _ = trained_state(args, rank, model.net)
-    if rank > 0:
-        return
-    result = export(args, model, state)
-    try:
-        plots.draw_curves(os.path.join(args.out, "log.jsonl"))
-    except (OSError, UserError) as error:
-        print(f"curves.png was not drawn ({error}): the same command does it when this is solved.", file=sys.stderr)
-    if args.objective == "sft":
-        print("next, when both sides are trained:  torchrun train.py with both results as --winner and --loser")
-    else:
-        print(f"next:  python evaluate.py grid --models {shlex.join([args.model, result])} --prompts "
-              "examples/prompts.txt")
-
-
 # ---- the log
 
 
-def open_log(folder, update, first_row, tensorboard):
-    """log.jsonl, opened to go on after this update: a new one begins with first_row, and lines of later updates are
-    taken out. One that is damaged is moved aside. Beside it TensorBoard's writer, or a context of None."""
-    path, lines = os.path.join(folder, "log.jsonl"), []
+def open_log(args, update, first_row):
+    """Cuts log.jsonl to the updates that are done, or begins it with first_row. Returns TensorBoard's writer, or None
+    without --tensorboard."""
+    path, lines = os.path.join(args.out, "log.jsonl"), []
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line for line in file if line.endswith("\n") and json.loads(line)["update"] <= update]
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        os.replace(path, path + ".damaged")
-        print(f"{path} is not a log of train.py, or is damaged: it is now {path}.damaged, and a new one is begun.",
-              file=sys.stderr)
-    write_file(path, "".join(lines if update > 0 and lines else [json.dumps(first_row) + "\n"]))
-    board = contextlib.nullcontext()
-    if tensorboard:
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise UserError(f"{path} is damaged or no log of train.py: delete it, and a new one is begun.") from None
+    write_file(path, "".join(lines) if lines and update > 0 else json.dumps(first_row) + "\n")
+    if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # here, because few runs need it
 
-        board = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=update + 1)
-    return open(path, "a", encoding="utf-8"), board
+        return SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=update + 1)
 
 
 def log_row(update, columns, num_train_timesteps, **more):
@@ -235,16 +194,86 @@ def log_row(update, columns, num_train_timesteps, **more):
     return row | dict(memory_gb=used / 1e9)
 
 
-def show(log, board, bar, row):
-    """Adds a row to the log and to TensorBoard, and shows some of it beside the bar."""
-    log.write(json.dumps(row) + "\n")
-    log.flush()
-    for name, values in row.items() if board else ():
-        for i, value in enumerate(values if isinstance(values, list) else [values]):
-            if value is not None:
-                board.add_scalar(f"{name}/{i}" if isinstance(values, list) else name, value, row["update"])
-    shown = {name: f"{row[name]:.3g}" for name in ("loss", "accuracy", "winner", "loser") if name in row}
-    bar.set_postfix(dict(update=row["update"]) | shown)
+def add_row(folder, board, row):
+    """Adds a row to the log and to TensorBoard."""
+    with open(os.path.join(folder, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    if board:
+        for name, values in row.items():
+            named = {f"{name}/{i}": x for i, x in enumerate(values)} if isinstance(values, list) else {name: values}
+            for tag, value in named.items():
+                if value is not None:
+                    board.add_scalar(tag, value, row["update"])
+        board.flush()
+
+
+# ---- the result
+
+
+def export(run):
+    """Writes the tuned pipeline in float32, or the adapter, and the run's flags beside it. Returns the folder."""
+    args, model, state = run.args, run.model, trained_state(run.model.net)
+    folder = os.path.join(args.out, "lora" if args.lora_rank else "pipeline")
+    partial = folder + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    if args.lora_rank:
+        weights = {name.replace(".theta.", "."): x.contiguous() for name, x in state.items()}
+        type(model.pipe).save_lora_weights(partial, **{model.net_name + "_lora_layers": weights})
+    else:
+        tuned = models.load(args.model)
+        tuned.net.load_state_dict(state)
+        tuned.pipe.save_pretrained(partial)
+    note = os.path.join(partial, "training.json")
+    more = dict(precision=run.precision, preset=models.preset_of(args.model), prediction_type=model.prediction_type)
+    write_file(note, json.dumps(vars(args) | more, indent=1) + "\n")
+    for path in glob.glob(os.path.join(glob.escape(partial), "**", "*.safetensors"), recursive=True):
+        shutil.copymode(note, path)  # safetensors makes files that only their writer may read
+    replace_folder(partial, folder)
+    print(f"wrote {folder}")
+    return folder
+
+
+def finish(run):
+    """Exports the result and draws the log, without which the result is still whole; then says how to go on."""
+    args, result = run.args, export(run)
+    try:
+        plots.draw_curves(os.path.join(args.out, "log.jsonl"))
+    except (OSError, UserError) as error:
+        print(f"curves.png was not drawn ({error}): the same command does it when this is solved.", file=sys.stderr)
+    if args.objective == "sft":
+        print("next, when both sides are trained:  torchrun train.py with both results as --winner and --loser")
+    else:
+        print(f"next:  python evaluate.py grid --models {shlex.join([args.model, result])} --prompts "
+              "examples/prompts.txt")
+
+
+# ---- what it says, and when it ends
+
+
+def announce(run, update, floor):
+    """Prints what a run will do, and what is worth a note."""
+    args, pairs, row = run.args, len(run.store), find_row(run.args)
+    parts = math.ceil(args.batch_size / run.world / args.micro_batch)
+    print(f"{args.objective} on {pairs} pairs, from update {update} of {args.updates} ({args.batch_size} pairs each, "
+          f"{args.updates * args.batch_size / pairs:.3g} epochs); {run.world} process{'es' * (run.world > 1)} with "
+          f"{parts} micro-batch{'es' * (parts > 1)} of up to {args.micro_batch}; "
+          + (f"beta {args.beta:g}, " if args.beta else "") + f"lr {args.lr:g} after {args.warmup} updates of warm-up; "
+          f"{run.precision}; defaults from {' '.join(row) if row else 'no experiment of the paper'}")
+    prompts = [text for row in run.store.rows for text in (row["c"], row["c_minus"]) if text is not None]
+    too_long = models.count_too_long(run.model, prompts)
+    if too_long:
+        print(f"note: {too_long} of {len(prompts)} prompts exceed the text encoders' limit and are truncated",
+              file=sys.stderr)
+    if pairs < args.batch_size:
+        advice = (" For few pairs, shapes.py's batch and updates and twice the paper's rate are a start (guess): "
+                  "--batch-size 64 --updates 80 --lr 1e-05 --warmup 0") if args.batch_size > 64 else ""
+        print(f"note: {pairs} pairs are fewer than a batch: an update sees each {args.batch_size / pairs:.3g} times, "
+              f"with another t and noise each time.{advice}", file=sys.stderr)
+    if floor is not None:
+        print(f"rounding in {run.precision} lowers each logit by about {floor:.2g}")
+        if floor > 0.05:
+            print("note: that is more than 0.05 and hides small preferences: take fp16 in place of bf16, or "
+                  "--precision fp32, or a smaller --beta", file=sys.stderr)
 
 
 def oddities(columns, size):
@@ -256,3 +285,20 @@ def oddities(columns, size):
     if size and columns["drift"].mean() > size:
         yield ("note: the student is further from the reference than the reference's prediction is from 0: take a "
                "smaller --lr or fewer --updates")
+
+
+def check_update(run, update, batch, columns, norm, floor):
+    """Raises UserError, before anything of an update is kept, if a loss or the gradient is not finite, or if the run's
+    first logits are not 0, as they are where the student is the reference."""
+    bad = np.flatnonzero(~np.isfinite(columns["loss"]))
+    if bad.size or not math.isfinite(norm) and (not run.scaler.is_enabled() or run.scaler.get_scale() < 1):
+        what = "the gradient is not finite, though each loss is"
+        if bad.size:
+            what = f"the loss of the pairs {[run.store.rows[batch[i][1]]['id'] for i in bad[:10]]} is not finite"
+        cure = ("take --precision fp32" if run.precision in HALF else "lower --lr" if update > 0 else
+                "the model or the pairs must be damaged")
+        raise UserError(f"update {update + 1}: {what}. Nothing of this update is kept: {cure}.")
+    if update == 0 and "logit" in columns and not abs(columns["logit"].mean()) < 0.05 + 4 * floor:  # guess
+        raise UserError("before the first update the student must be the reference and every logit 0, but their mean "
+                        f"is {columns['logit'].mean():.3g}, where rounding explains {floor:.2g}: the two differ, in "
+                        "weights or by dropout.")
