@@ -28,6 +28,7 @@ import torch
 from lib import models, plots
 from lib.files import UserError, checksum, difference, replace_folder, save_state, text_checksum, write_file
 from lib.pairs import PairStore
+from lib.parts import copy_parts
 from lib.processes import from_all
 from lib.settings import HALF, find_row
 
@@ -161,10 +162,11 @@ def agree(mine):
 # ---- the log
 
 
-def open_log(args, update, first_row):
-    """Cuts log.jsonl to the updates that are done, or begins it with first_row. Returns TensorBoard's writer, or None
-    without --tensorboard."""
-    path, lines = os.path.join(args.out, "log.jsonl"), []
+def open_log(run, update, floor):
+    """Cuts log.jsonl to the updates that are done, or begins it with a row of what rounding does. Returns TensorBoard's
+    writer, or None without --tensorboard."""
+    path, lines = os.path.join(run.args.out, "log.jsonl"), []
+    first = dict(update=0, noise_floor=floor, precision=run.precision)
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line for line in file if line.endswith("\n") and json.loads(line)["update"] <= update]
@@ -172,11 +174,11 @@ def open_log(args, update, first_row):
         pass
     except (ValueError, TypeError, LookupError, RecursionError):
         raise UserError(f"{path} is damaged or no log of train.py: delete it, and a new one is begun.") from None
-    write_file(path, "".join(lines) if lines and update > 0 else json.dumps(first_row) + "\n")
-    if args.tensorboard:
+    write_file(path, "".join(lines) if lines and update > 0 else json.dumps(first) + "\n")
+    if run.args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # here, because few runs need it
 
-        return SummaryWriter(os.path.join(args.out, "tensorboard"), purge_step=update + 1)
+        return SummaryWriter(os.path.join(run.args.out, "tensorboard"), purge_step=update + 1)
 
 
 def log_row(update, columns, num_train_timesteps, **more):
@@ -211,26 +213,48 @@ def add_row(folder, board, row):
 
 
 def export(run):
-    """Writes the tuned pipeline in float32, or the adapter, and the run's flags beside it. Returns the folder."""
-    args, model, state = run.args, run.model, trained_state(run.model.net)
+    """Writes the adapter, or the model's own files with the tuned network, in float32, in place of its own; and beside
+    them the run's flags and a model card. Returns the folder."""
+    args, model = run.args, run.model
     folder = os.path.join(args.out, "lora" if args.lora_rank else "pipeline")
     partial = folder + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     if args.lora_rank:
-        weights = {name.replace(".theta.", "."): x.contiguous() for name, x in state.items()}
+        weights = {name.replace(".theta.", "."): x.contiguous() for name, x in trained_state(model.net).items()}
         type(model.pipe).save_lora_weights(partial, **{model.net_name + "_lora_layers": weights})
     else:
-        tuned = models.load(args.model)
-        tuned.net.load_state_dict(state)
-        tuned.pipe.save_pretrained(partial)
+        copy_parts(*models.find(args.model), model.variant, model.net_name, partial)
+        model.net.save_pretrained(os.path.join(partial, model.net_name))
     note = os.path.join(partial, "training.json")
-    more = dict(precision=run.precision, preset=models.preset_of(args.model), prediction_type=model.prediction_type)
+    more = {key: models.full_name(getattr(args, key)) for key in ("model", "winner", "loser") if getattr(args, key)}
+    more |= dict(precision=run.precision, preset=models.preset_of(args.model), prediction_type=model.prediction_type)
     write_file(note, json.dumps(vars(args) | more, indent=1) + "\n")
+    if not os.path.exists(os.path.join(folder, "README.md")):  # which its user may have written
+        write_file(os.path.join(partial, "README.md"), model_card(args, more["model"]))
     for path in glob.glob(os.path.join(glob.escape(partial), "**", "*.safetensors"), recursive=True):
         shutil.copymode(note, path)  # safetensors makes files that only their writer may read
     replace_folder(partial, folder)
     print(f"wrote {folder}")
     return folder
+
+
+def model_card(args, base):
+    """A page for the hub, with the fields that diffusers' training scripts give theirs."""
+    flags = [[f"--{key.replace('_', '-')}"] + [str(value)] * (value is not True) for key, value in vars(args).items()
+             if key != "out" and value not in (None, False)]
+    known = not os.path.isabs(base) and "/" in base
+    return f"""---
+library_name: diffusers
+{f"base_model: {base.split('@')[0]}" if known else "# base_model: (the hub id of the model that was tuned)"}
+# license: (that of the base model and of the prompts)
+tags: [text-to-image, diffusers, ddspo{", lora" * bool(args.lora_rank)}]
+---
+
+{"A LoRA adapter of" if args.lora_rank else "A model tuned from"} {base}, made with the reference implementation of
+[DDSPO](https://arxiv.org/abs/2512.23426):
+
+    train.py {shlex.join(flag for pair in flags for flag in pair)}
+"""
 
 
 def finish(run):
