@@ -36,7 +36,7 @@ def program(main):
             message = "stopped, because nothing reads the output any more. " + AGAIN
         except torch.OutOfMemoryError as error:
             message = ("out of memory: give a smaller --batch-size, or to train.py a smaller --micro-batch, "
-                       f"--checkpointing, --lora-rank or --fsdp. {error}")
+                       f"--checkpointing or --lora-rank. {error}")
         except (OSError, SafetensorError) as error:
             message = (f"cannot read or write: {error}. What was written before is kept: run the same command again "
                        "when this is solved.")
@@ -90,12 +90,18 @@ def holding(folder):
 
 def place():
     """(rank, number of processes, device) of this process as torchrun gives them, or of the only one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    return rank, world, device
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world > 1 and "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset WORLD_SIZE.")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")  # cuda, or a Mac's mps
+    if device.type != "cpu":
+        there = torch.accelerator.device_count()
+        if local >= there:
+            raise UserError(f"process {local} of this machine has no GPU, because there are {there}: give torchrun "
+                            f"--nproc_per_node {there}.")
+        device = torch.device(device.type, local)
+        torch.accelerator.set_device_index(local)
+    return rank, max(world, 1), device
 
 
 @contextlib.contextmanager
@@ -131,3 +137,13 @@ def from_all(value):
         values *= dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+def add_up(tensors):
+    """Sums tensors over the processes, in place."""
+    try:
+        for tensor in tensors if dist.is_initialized() else ():
+            dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise UserError(f"another process was lost ({str(error).splitlines()[0][:200]}), so this one ends too. Go on "
+                        "from the newest checkpoint with the same command.") from error
