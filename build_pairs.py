@@ -115,9 +115,10 @@ def main(argv=None):
 
 def begin_store(args, out, rows, model, how):
     """Writes meta.json and pairs.jsonl, or raises UserError if the store was begun with something else."""
-    settings = dict(weights=models.model_checksum(model), latents=list(model.latent_shape),
-                    scale=models.latent_scale(model), dtype=str(model.dtype).removeprefix("torch."), pairs=len(rows),
-                    shard_size=args.shard_size, negatives=args.negatives)
+    settings = dict(scheduler=models.scheduler_checksum(model), weights=models.model_checksum(model),
+                    latents=list(model.latent_shape), scale=models.latent_scale(model), pairs=len(rows),
+                    dtype=str(model.dtype).removeprefix("torch."), shard_size=args.shard_size,
+                    negatives=args.negatives)
     if not args.from_images:
         settings |= dict(sampler=type(model.pipe.scheduler).__name__, steps=how["steps"], guidance=how["guidance"],
                          seed=args.seed)

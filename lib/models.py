@@ -403,6 +403,14 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     return model
 
 
+def policy_files(name):
+    """The files with the weights of an adapter or of a model's network."""
+    if os.path.isfile(os.path.join(name, LORA)):
+        return [os.path.join(name, LORA)]
+    folder, config = find(name)
+    return weight_files(folder, FAMILIES[config["_class_name"]][0].net_name, read_name(name)[1])
+
+
 def folder_checksum(folder):
     """A checksum, of 16 digits, of all files of the parts in a folder."""
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*")))

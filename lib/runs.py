@@ -97,9 +97,10 @@ def read_checkpoint(path):
     """What save_checkpoint wrote, its tensors mapped into memory; None if the file is something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        whole = all(isinstance(state[name], dict) for name in ("identity", "net", "optimizer", "scaler"))
-        return state if whole and path.endswith(f"{state['update']:06d}.pt") else None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError):
+        parts = [state] + [state.get(name) for name in ("identity", "net", "optimizer", "scaler")]
+        whole = all(isinstance(part, dict) for part in parts) and path.endswith(f"{state['update']:06d}.pt")
+        return state if whole else None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError):
         return None
 
 
@@ -138,12 +139,11 @@ def identity_of(args, precision, store, model):
     files = {"pairs": [store.meta["table"], *store.meta["checksums"]]}
     for role, path in dict(winner=args.winner, loser=args.loser).items():
         if path:
-            folder = path if os.path.isfile(os.path.join(path, models.LORA)) else models.find(path)[0]
-            weights = glob.glob(os.path.join(glob.escape(folder), "**", "*.safetensors"), recursive=True)
-            files[f"weights of --{role}"] = [*map(checksum, sorted(weights))]
+            files[f"weights of --{role}"] = [*map(checksum, models.policy_files(path))]
     if args.winner and files["weights of --winner"] == files["weights of --loser"]:
         raise UserError(f"--winner {args.winner} and --loser {args.loser} are the same policy: there is no preference.")
     sums = {name: text_checksum("".join(parts)) for name, parts in files.items()}
+    sums["scheduler of --model"] = models.scheduler_checksum(model)
     sums["weights of --model"] = models.model_checksum(model)
     return {name: getattr(args, name) for name in FLAGS} | dict(precision=precision) | sums
 
