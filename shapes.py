@@ -37,7 +37,7 @@ from lib.processes import holding, program
 METHODS = {  # beta, scale and lr are the best of the grid of studies/shapes_full.py, on a seed that is not reported
     "D-DPO": ["--objective", "diffusion-dpo", "--beta", 1000, "--lr", 3e-5],
     "DDSPO": ["--beta", 1000, "--lr", 3e-5],
-    "Distilled": ["--objective", "distill", "--scale", 3, "--lr", 3e-5]}  # the control
+    "Distilled": ["--objective", "distill", "--scale", 2, "--lr", 3e-5]}  # the control
 SEED, PAIRS, PROMPTS, UPDATES = 0, 128, 400, 80
 GUIDANCE = 3  # guess: the reference's practical one, for the pairs and for the scores
 STEPS = 25  # of sampling (script)
