@@ -5,18 +5,17 @@
     torchrun train.py --model sd14 --objective diffusion-dpo         the baseline, on the same pairs
     torchrun train.py --model sd14 --winner runs/w/lora --loser runs/l/lora     Eq. 6, with two trained policies
 
-The same command continues a stopped run exactly where its newest checkpoint is. --batch-size is the number of pairs per
-update and --lr the final learning rate, on any number of GPUs; --micro-batch, the pairs that a GPU holds at once,
-changes memory and speed, and the result by no more than rounding. What an update sees (pairs, t, noise) is a function
-of the seed and of the place in the run. What a run keeps in --out: runs.py.
+The same command continues a stopped run exactly, from its newest checkpoint. --batch-size is the number of pairs per
+update and --lr the final learning rate, on any number of GPUs. --micro-batch, the pairs that a GPU holds at once,
+changes memory and speed, and the result by no more than rounding. lib/runs.py says what a run keeps in --out.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
 import math
 import os
-import signal
 import sys
 import time
 import types
@@ -24,25 +23,22 @@ import types
 import numpy as np
 import torch
 import torch._functorch.config
-import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from lib import adapters, models, plots, runs
 from lib.files import UserError
-from lib.pairs import PairStore, misfit
-from lib.processes import processes, program
-from lib.settings import announce, needs_c_minus, parse
-from loss import ddspo_loss, diffusion_dpo_loss, dspo_loss, preference_loss
+from lib.pairs import misfit
+from lib.processes import add_up, at_least, from_all, processes, program
+from lib.settings import HALF, MEMORY, with_defaults
+from loss import dspo_loss, preference_loss
 
 WEIGHT_DECAY = 1e-2  # of AdamW (the authors' released scripts)
 MAX_GRAD_NORM = 1.0  # guess: the default of the diffusers examples
 FIRST_SCALE, GROW_AFTER = 2.0**5, 100  # guess: fp16's loss scale, and after how many good updates it is doubled
+SHOWN = ("update", "loss", "accuracy", "winner", "loser")  # of the log, beside the bar
 TEXT_BATCH = 32  # guess: pairs whose prompts the text encoders read at once
-HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
-# ---- what update u sees: the run reads epoch after epoch, each a new order of all pairs
+# ---- what an update sees, a function of the seed and of the place in the run: epoch after epoch, each in a new order
 
 
 def slots(n, seed, update, batch_size):
@@ -69,10 +65,10 @@ def example(store, model, seed, epoch, pair, negatives="generated"):
 
 
 def micro_batches(store, model, args, some, device):
-    """Yields the examples of some slots, --micro-batch at a time, on the device: c and c_minus encoded (c_minus for
-    Eq. 7 only, else None), then x_0_w, x_0_l (B, channels, h, w), t (B,) and eps (B, channels, h, w). The text encoders
-    read the prompts of several micro-batches in one pass, because a GPU waits for each pass."""
-    size, eq7 = args.micro_batch, needs_c_minus(args)
+    """Yields the examples of some slots, --micro-batch at a time: c and c_minus encoded (c_minus None where the loss
+    does not need it), then x_0_w, x_0_l (B, channels, h, w), t (B,) and eps (B, channels, h, w). The text encoders read
+    the prompts of several micro-batches in one pass, because a GPU waits for each pass."""
+    size, both = args.micro_batch, needs_c_minus(args)
     together = size * max(1, TEXT_BATCH // size)
     for start in range(0, len(some), together):
         examples = [example(store, model, args.seed, *slot, args.negatives) for slot in some[start:start + together]]
@@ -80,15 +76,20 @@ def micro_batches(store, model, args, some, device):
         tensors = [torch.stack(x_0_w), torch.stack(x_0_l), torch.tensor(t), torch.stack(eps)]
         if device.type == "cuda":  # so that the copies do not wait for the GPU's work
             tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
-        encoded = model.encode(c + c_minus if eq7 else c)  # {name: (2B or B, ...)}
+        encoded = model.encode(c + c_minus if both else c)  # {name: (2B or B, ...)}
         for k in range(0, len(t), size):
             rows = slice(k, min(k + size, len(t)))
             minus_rows = slice(len(t) + rows.start, len(t) + rows.stop)
             yield ({name: x[rows] for name, x in encoded.items()},
-                   {name: x[minus_rows] for name, x in encoded.items()} if eq7 else None, *[x[rows] for x in tensors])
+                   {name: x[minus_rows] for name, x in encoded.items()} if both else None, *[x[rows] for x in tensors])
 
 
 # ---- the step
+
+
+def needs_c_minus(args):
+    """Whether the loss asks for c_minus, as that of Eq. 7 does."""
+    return args.objective == "ddspo" and not args.winner
 
 
 def step_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, beta, side=None):
@@ -106,24 +107,116 @@ def step_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, beta
     both = torch.cat([x_t_w, x_t_l]), torch.cat([t, t]), {name: torch.cat([x, x]) for name, x in c.items()}
     eps_theta = model.predict(policies["theta"], *both)  # (2B, ...)
     eps_ref = frozen(policies["ref"], *both)  # in the student's batch shape: at theta = ref the same to the last bit
-    predictions = *eps_theta.chunk(2), *eps_ref.chunk(2)  # eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l: (B, ...)
-    beta = beta * model.weight(t)  # (B,)
-    if "winner" in policies:  # Eq. 6
-        targets = frozen(policies["winner"], x_t_w, t, c), frozen(policies["loser"], x_t_l, t, c)
-        loss, info = (dspo_loss if objective == "dspo" else preference_loss)(*predictions, *targets, beta)
-    elif objective == "ddspo":  # Eq. 7
-        eps_ref_l_minus = frozen(policies["ref"], x_t_l, t, c_minus)
-        loss, info = ddspo_loss(*predictions, eps_ref_l_minus, beta)
-    else:  # Eq. 4
-        targets = model.target(x_0_w, t, eps), model.target(x_0_l, t, eps)
-        loss, info = (dspo_loss if objective == "dspo" else diffusion_dpo_loss)(*predictions, *targets, beta)
+    eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l = *eps_theta.chunk(2), *eps_ref.chunk(2)  # (B, ...)
+    if "winner" in policies:  # Eq. 6: two trained policies
+        target_w, target_l = frozen(policies["winner"], x_t_w, t, c), frozen(policies["loser"], x_t_l, t, c)
+    elif objective == "ddspo":  # Eq. 7: the reference, given c and given c_minus (this is ddspo_loss of loss.py)
+        target_w, target_l = eps_ref_w, frozen(policies["ref"], x_t_l, t, c_minus)
+    else:  # Eq. 4: the noise
+        target_w, target_l = model.target(x_0_w, t, eps), model.target(x_0_l, t, eps)
+    loss_of = dspo_loss if objective == "dspo" else preference_loss
+    loss, info = loss_of(eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l, target_w, target_l, beta * model.weight(t))
     with torch.no_grad():
         drift = (eps_theta.float() - eps_ref.float()).square().flatten(1).mean(1).view(2, -1).mean(0)
         accuracy = (info["logit"].sign() + 1) / 2  # a tie is half right
         return loss, dict(loss=loss.detach(), **info, accuracy=accuracy, drift=drift)
 
 
-# ---- policies and precision
+def gradient(run, update, batch, bar):
+    """Leaves the mean gradient over an update's pairs in the parameters, clipped to MAX_GRAD_NORM. Returns what is
+    logged of each pair, {name: (batch_size,)}, and the gradient's norm before it was clipped."""
+    args, scaler, mine, rows = run.args, run.scaler, slice(run.rank, None, run.world), []
+    # fp16: the mean over a micro-batch goes backward, so that no overflow depends on how an update is divided
+    divisor = args.micro_batch if scaler.is_enabled() else 1
+    run.optimizer.zero_grad()
+    for part in micro_batches(run.store, run.model, args, batch[mine], run.device):
+        with precision(run.device, run.precision):
+            loss, info = step_loss(run.model, run.policies, *part, args.objective, args.beta, args.side)  # (B,)
+        scaler.scale(loss.sum() / divisor).backward()
+        rows.append(torch.stack([*info.values(), part[4]], 1))  # (B, columns)
+        bar.update(min(run.world * len(loss), (update + 1) * args.batch_size - bar.n))
+        if update == 0 and len(rows) == 1 and scaler.is_enabled():
+            overflow = not torch.nn.utils.get_total_norm([p.grad for p in run.parameters]).isfinite()
+            if any(from_all(bool(overflow))):
+                break  # the other micro-batches would overflow too
+    record = torch.zeros(args.batch_size, len(info) + 1, device=run.device)
+    record[mine][:args.micro_batch * len(rows)] = torch.cat(rows)
+    add_up([record, *[p.grad for p in run.parameters]])  # over the processes
+    scaler.unscale_(run.optimizer)
+    for p in run.parameters:
+        p.grad /= args.batch_size / divisor
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, MAX_GRAD_NORM).item()  # waits for the GPU
+    return dict(zip([*info, "t"], record.cpu().numpy().T)), norm
+
+
+# ---- the loop
+
+
+@program
+def main(argv=None):
+    args = parse(argv)
+    with processes(args.out, hours=0.5) as (rank, world, device):  # guess
+        run = set_up(args, rank, world, device)
+        update = runs.load_checkpoint(run)
+        floor, size = noise_floor(run) if args.objective != "sft" else (None, None)
+        prepare(run)
+        if rank == 0:
+            runs.announce(run, update, floor)
+            board = runs.open_log(run, update, floor)
+        say_once = functools.cache(lambda text: tqdm.write(text, file=sys.stderr) if rank == 0 else None)
+        bar = tqdm(desc="train", unit=" pairs", initial=update * args.batch_size, total=args.updates * args.batch_size,
+                   disable=rank > 0)
+        while update < args.updates:
+            began = time.perf_counter()
+            batch = slots(len(run.store), args.seed, update, args.batch_size)
+            columns, norm = gradient(run, update, batch, bar)
+            runs.check_update(run, update, batch, columns, norm, floor)
+            if not math.isfinite(norm):  # fp16 overflowed: the same update is done again with half the loss scale
+                run.scaler.update()
+                say_once(f"update {update + 1} overflowed and is done again with loss scale {run.scaler.get_scale():g}")
+                continue
+            lr = args.lr * min(1, (update + 1) / max(args.warmup, 1))  # linear warm-up, then constant
+            run.optimizer.param_groups[0]["lr"] = lr
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            update += 1
+
+            if rank == 0:
+                row = runs.log_row(update, columns, run.model.num_train_timesteps, lr=lr, grad_norm=norm,
+                                   loss_scale=run.scaler.get_scale(),
+                                   pairs_per_second=args.batch_size / (time.perf_counter() - began))
+                runs.add_row(args.out, board, row)
+                bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if name in row})
+                for oddity in runs.oddities(columns, size):
+                    say_once(oddity)
+                if args.preview and update % args.preview == 0:
+                    preview(run, update)
+                if update % args.save_every == 0 or update == args.updates:
+                    runs.save_checkpoint(run, update)
+        bar.close()
+        if rank == 0:
+            runs.finish(run)
+
+
+def set_up(args, rank, world, device):
+    """What a run consists of, under one name."""
+    store, gpu = runs.open_store(args, needs_c_minus(args)), device.type == "cuda"
+    frozen_dtype = HALF.get(args.precision or "fp16", torch.float32) if gpu else torch.float32
+    model = models.load(args.model, device, frozen_dtype, torch.float32)
+    if problem := misfit(store.meta, model):
+        raise UserError(f"--pairs {args.pairs}: {problem}")
+    name = args.precision or ("fp32" if not gpu else "bf16" if model.stored == "BF16" else "fp16")
+    policies, networks = make_policies(args, model)
+    parameters = [p for p in model.net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, growth_interval=GROW_AFTER, enabled=name == "fp16")
+    return types.SimpleNamespace(
+        args=args, rank=rank, world=world, device=device, store=store, model=model, policies=policies,
+        networks=networks, precision=name, parameters=parameters, optimizer=optimizer, scaler=scaler,
+        identity=runs.identity_of(args, name, store, model))
+
+
+# ---- policies
 
 
 def make_policies(args, model):
@@ -134,14 +227,37 @@ def make_policies(args, model):
         adapters.add_lora(net, args.lora_rank)
         policies, base = dict(theta=net, ref=adapters.with_adapter(net)), net
     else:
-        base = None
-        if args.objective != "sft":
-            base = (copy_shares if isinstance(net, FSDPModule) else copy.deepcopy)(net).requires_grad_(False)
+        base = copy.deepcopy(net).requires_grad_(False) if args.objective != "sft" else None
         policies = dict(theta=net.requires_grad_(True), ref=base)
     for role, path in dict(winner=args.winner, loser=args.loser).items():
         if path:
             policies[role] = adapters.load_policy(path, role, base, model)
     return policies, [policy for policy in policies.values() if isinstance(policy, torch.nn.Module)]
+
+
+def prepare(run):
+    """The last changes to the networks, once the exact weights are needed no more."""
+    if run.args.checkpointing:
+        run.model.net.enable_gradient_checkpointing()
+    for network in run.networks:
+        if run.precision in HALF:
+            halve(network, HALF[run.precision])
+        if run.args.compile:  # the backward is traced too, and SANA's would be cast to fp16 and overflow there
+            torch._functorch.config.backward_pass_autocast = "off"
+            network.compile()
+        if not run.args.lora_rank:
+            network.requires_grad_(True)  # torch chooses mm or bmm by this: the reference must run the student's
+
+
+def halve(net, dtype):
+    """Keeps the frozen weights of matrix products in half precision, to which autocast would round them at each use."""
+    for module in net.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            for p in module.parameters(recurse=False):
+                p.data = p.data if p.requires_grad else p.data.to(dtype)
+
+
+# ---- precision
 
 
 @contextlib.contextmanager
@@ -154,266 +270,107 @@ def precision(device, name):
 
 
 @torch.no_grad()
-def noise_floor(args, model, ref, batch, device):
+def noise_floor(run):
     """By how much rounding alone lowers a logit of Eq. 7, and the mean square of the reference's prediction. The
     winner's target is the reference's own prediction, so an error e of (eps_theta - eps_ref) enters squared, -beta/2
     mean(e^2), and e^2 is up to twice that of one network."""
-    c, _, x_0_w, _, t, eps = batch
+    args, model, some = run.args, run.model, slots(len(run.store), run.args.seed, 0, run.args.micro_batch)
+    c, _, x_0_w, _, t, eps = next(micro_batches(run.store, model, args, some, run.device))
     x_t = model.noise(x_0_w, t, eps)
-    with precision(device, "fp32"):
-        exact = model.predict(ref, x_t, t, c).float()
-    with precision(device, args.precision):
-        e = model.predict(ref, x_t, t, c).float() - exact
+    with precision(run.device, "fp32"):
+        exact = model.predict(run.policies["ref"], x_t, t, c).float()
+    with precision(run.device, run.precision):
+        e = model.predict(run.policies["ref"], x_t, t, c).float() - exact
     return args.beta * (model.weight(t) * e.square().flatten(1).mean(1)).mean().item(), exact.square().mean().item()
 
 
-def halve(net, dtype):
-    """Keeps the frozen weights of matrix products in half precision, to which autocast would round them at each use."""
-    for module in net.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            for p in module.parameters(recurse=False):
-                p.data = p.data if p.requires_grad else p.data.to(dtype)
-
-
-def shard_weights(net):
-    """FSDP2: each process keeps, on its device, its share of every block's weights, gradients and optimizer states."""
-    for child in net.children():
-        for block in child if isinstance(child, torch.nn.ModuleList) else []:
-            fully_shard(block)
-    fully_shard(net)
-
-
-@torch.no_grad()
-def copy_shares(net):
-    """A copy of a network whose weights are shared out. It is never whole in any memory."""
-    with torch.device("meta"):
-        other = type(net).from_config(net.config).eval()
-    other.set_attn_processor(net.attn_processors)  # SANA's are ours
-    shard_weights(other)
-    other.to_empty(device=next(net.parameters()).device)
-    for x, y in zip([*other.parameters(), *other.buffers()], [*net.parameters(), *net.buffers()], strict=True):
-        x.copy_(y)
-    return other
-
-
-# ---- the loop
-
-
-def set_up(args, device):
-    """The model, its policies, the networks among them, the optimizer of what is trained, and fp16's loss scaler."""
-    gpu = device.type == "cuda"
-    half = HALF.get(args.precision or "fp16", torch.float32) if gpu else torch.float32
-    model = models.load(args.model, device, half, torch.float32)
-    args.precision = args.precision or ("fp32" if not gpu else "bf16" if model.stored == "BF16" else "fp16")
-    if args.fsdp:
-        shard_weights(model.net)
-    policies, networks = make_policies(args, model)
-    if args.checkpointing:
-        model.net.enable_gradient_checkpointing()
-    trained = [p for p in model.net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, growth_interval=GROW_AFTER,
-                                  enabled=args.precision == "fp16")
-    return model, policies, networks, optimizer, scaler
-
-
-@program
-def main(argv=None):
-    args = parse(argv)
-    with contextlib.ExitStack() as stack:
-        signals = handle_signals(stack)
-        rank, world, device = stack.enter_context(processes(args.out, hours=0.5))  # guess
-        if not os.path.exists(os.path.join(args.pairs, "meta.json")):
-            raise UserError(f"there is no pair store {args.pairs}: make it with\n    python perturb.py prompts.txt "
-                            f"perturbed.jsonl\n    torchrun build_pairs.py --model {args.model} --prompts "
-                            f"perturbed.jsonl --out {args.pairs}")
-        store = PairStore(args.pairs)
-        model, policies, networks, optimizer, scaler = set_up(args, device)
-        check_pairs(args, store, model)
-        parameters = optimizer.param_groups[0]["params"]
-        identity = runs.identity_of(args, store, model)
-        update = runs.load_checkpoint(args, identity, model.net, optimizer, scaler)
-        save = functools.partial(runs.save_checkpoint, args, identity, model.net, optimizer, scaler, rank)
-        floor, size = None, None
-        if args.objective != "sft":
-            some = slots(len(store), args.seed, 0, args.micro_batch)
-            floor, size = noise_floor(args, model, policies["ref"],
-                                      next(micro_batches(store, model, args, some, device)), device)
-        prepare(args, networks)
-        if rank == 0:
-            announce(args, model, store, update, floor, world)
-            first_row = dict(update=0, noise_floor=floor, precision=args.precision)
-            log, board = map(stack.enter_context, runs.open_log(args.out, update, first_row, args.tensorboard))
-        # fp16: the loss is the mean over a micro-batch, so that no overflow depends on how an update is divided. FSDP2
-        # takes the mean over processes too. Each gradient is then multiplied to be the mean over the update.
-        share = args.micro_batch if scaler.is_enabled() else 1
-        pairs_in_grad = args.batch_size / share / (world if args.fsdp else 1)
-        once = functools.cache(functools.partial(tqdm.write, file=sys.stderr))  # says each sentence once
-        bar = stack.enter_context(tqdm(desc="train", unit=" pairs", initial=update * args.batch_size,
-                                       total=args.updates * args.batch_size, disable=rank > 0))
-
-        signals.at_once = False
-        while update < args.updates:
-            began, batch = time.perf_counter(), slots(len(store), args.seed, update, args.batch_size)
-            mine = batch[rank::world]
-            optimizer.zero_grad()
-            parts = micro_batches(store, model, args, mine, device)
-            for k, part in zip(range(0, len(mine), args.micro_batch), parts):
-                if k < args.batch_size // world and any_process(signals.came):  # all processes have this micro-batch
-                    stop(save, update)  # the weights are still those after it
-                with precision(device, args.precision):
-                    loss, info = step_loss(model, policies, *part, args.objective, args.beta, args.side)  # (B,)
-                scaler.scale(loss.sum() / share).backward()
-                info["t"] = part[4]
-                if k == 0:
-                    record = torch.zeros(args.batch_size, len(info), device=device)  # a row a pair
-                record[rank::world][k:k + len(loss)] = torch.stack([*info.values()], 1)
-                bar.update(min(world * len(loss), (update + 1) * args.batch_size - bar.n))
-                if k == 0 and update == 0 and scaler.is_enabled() and any_process(overflowed(parameters)):
-                    break  # and not after all the others
-
-            if world > 1:  # once an update, after the last micro-batch
-                add_up([record] if args.fsdp else [record, *[p.grad for p in parameters]])
-            scaler.unscale_(optimizer)
-            for p in parameters:
-                p.grad /= pairs_in_grad
-            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-            norm = (norm.full_tensor() if args.fsdp else norm).item()  # waits for the GPU
-            columns = dict(zip(info, record.cpu().numpy().T))  # {name: (batch_size,)}
-            check_update(args, store, update, batch, columns, norm, floor, scaler)
-            if not math.isfinite(norm):  # fp16 overflowed: the same update is done again with half the loss scale
-                scaler.update()
-                if rank == 0:
-                    tqdm.write(f"update {update + 1} overflowed and is done again with loss scale "
-                               f"{scaler.get_scale():g}", file=sys.stderr)
-                continue
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, (update + 1) / max(args.warmup, 1))  # linear warm-up, then constant
-            scaler.step(optimizer)
-            scaler.update()
-            update += 1
-
-            if rank == 0:
-                speed = args.batch_size / (time.perf_counter() - began)
-                runs.show(log, board, bar, runs.log_row(
-                    update, columns, model.num_train_timesteps, lr=group["lr"], grad_norm=norm,
-                    loss_scale=scaler.get_scale(), pairs_per_second=speed))
-                for oddity in runs.oddities(columns, size):
-                    once(oddity)
-            if rank == 0 and args.preview and update % args.preview == 0:
-                preview(args, model, policies, store, update, device)
-            if update % args.save_every == 0 or update == args.updates:
-                save(update)
-        signals.at_once = True
-        bar.close()
-        runs.finish(args, model, rank)
-
-
-def prepare(args, networks):
-    """The last changes to the networks, once the exact weights are needed no more."""
-    for network in networks:
-        if args.precision in HALF and not args.fsdp:
-            halve(network, HALF[args.precision])
-        if args.compile:  # the backward is traced too, and SANA's would be cast to fp16 and overflow there
-            torch._functorch.config.backward_pass_autocast = "off"
-            network.compile()
-        if not args.lora_rank and not args.fsdp:
-            # torch takes mm or bmm by this, and the reference must take what the student takes. It is not trained: the
-            # optimizer does not have it, and it runs without gradients. (With FSDP, autocast would copy its weights.)
-            network.requires_grad_(True)
-
-
-def any_process(true):
-    """Whether something is true in any process. All of them must ask."""
-    found = torch.tensor(float(bool(true)))  # on the CPU, so that no GPU is waited for
-    if dist.is_initialized():
-        add_up([found])
-    return found.item() > 0
-
-
-def overflowed(parameters):
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    return not math.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def add_up(tensors):
-    """Sums tensors over the processes, in place."""
-    try:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-    except RuntimeError as error:
-        raise UserError(f"another process was lost ({str(error).splitlines()[0][:200]}), so this one ends too. Go on "
-                        "from the newest checkpoint with the same command.") from error
-
-
-def handle_signals(stack):
-    """An object whose `came` says whether SIGTERM or SIGINT did. They end the program, unless its `at_once` is False:
-    then that is left to who reads `came`. (A library that is being imported may swallow the end.)"""
-    signals = types.SimpleNamespace(came=False, at_once=True)
-
-    def handle(*_):
-        signals.came = True
-        if signals.at_once:
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        stack.callback(signal.signal, number, signal.signal(number, handle))  # at the end it is handled as before
-    return signals
-
-
-def stop(save, update):
-    """Ends the run on a signal, with the last whole update saved."""
-    if update > 0:
-        save(update)
-    raise UserError(f"stopped by a signal after update {update}: run the same command again to go on.")
-
-
-def check_update(args, store, update, batch, columns, norm, floor, scaler):
-    """Raises UserError, before anything of an update is kept, if it is not sound: if a loss or the gradient is not
-    finite, or if the run's first logits are not 0, as they are where the student is the reference."""
-    bad = [pair for (_, pair), finite in zip(batch, np.isfinite(columns["loss"])) if not finite]
-    if bad or not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-        what = "the gradient is not finite, though each loss is"
-        ways = ["lower --lr"] * (update > 0) + ["take --precision fp32"] * (args.precision in HALF)
-        if bad:
-            what = f"the loss of the pairs {[store.rows[pair]['id'] for pair in bad[:10]]} is not finite"
-        cure = " or ".join(ways) or "the model or the pairs must be damaged"
-        raise UserError(f"update {update + 1}: {what}. Nothing of this update is kept: {cure}.")
-    if update == 0 and "logit" in columns and not abs(columns["logit"].mean()) < 0.05 + 4 * floor:  # guess
-        raise UserError("before the first update the student must be the reference and every logit 0, but their mean "
-                        f"is {columns['logit'].mean():.3g}, where rounding explains {floor:.2g}: the two differ, in "
-                        "weights or by dropout.")
-
-
-# ---- the pairs and the pictures
-
-
-def check_pairs(args, store, model):
-    """Raises UserError if the pairs do not go with the objective or with the model."""
-    if args.negatives == "generated" and store.meta["negatives"] == "none":
-        raise UserError(f"{args.pairs} holds winners only: take --negatives rand-positive or not-paired.")
-    if args.negatives != "generated" and all(row["c"] == store.rows[0]["c"] for row in store.rows):
-        raise UserError(f"--negatives {args.negatives} needs other prompts, but {args.pairs} has only one prompt.")
-    if needs_c_minus(args) and store.rows[0]["c_minus"] is None:
-        raise UserError(f"{args.pairs} holds pairs of images without c_minus, which Eq. 7 needs: take --objective "
-                        "diffusion-dpo, dspo or sft, or --winner and --loser (Eq. 6).")
-    if problem := misfit(store.meta, model):
-        raise UserError(f"--pairs {args.pairs}: {problem}")
-
-
-def preview(args, model, policies, store, update, device):
+def preview(run, update):
     """Draws the first four prompts with the reference and with the student as it is now, from the same x_T."""
-    prompts, columns = [store.rows[i]["c"] for i in range(min(4, len(store)))], []
+    args, model, columns = run.args, run.model, []
+    prompts = [row["c"] for row in run.store.rows[:4]]
     x_T = torch.stack([models.initial_noise(args.seed + i, model.latent_shape) for i in range(len(prompts))])
     for name, title in (("ref", "reference"), ("theta", "student")):
         if args.lora_rank:
             model.net.set_adapter(["theta"] if name == "theta" else [])
         else:
-            setattr(model.pipe, model.net_name, policies[name])
-        with precision(device, "bf16" if args.precision == "fp16" else args.precision):  # T5 overflows in float16
+            setattr(model.pipe, model.net_name, run.policies[name])
+        with precision(run.device, "bf16" if run.precision == "fp16" else run.precision):  # T5 overflows in float16
             x_0 = models.sample(model, prompts, x_T, model.steps, model.guidance)
         columns.append((title, models.decode(model, x_0)))  # not in half precision, in which SDXL's decoder overflows
     plots.draw_grid(prompts, columns, os.path.join(args.out, f"preview-{update:06d}.png"))
+
+
+# ---- flags
+
+
+def parse(argv):
+    """The flags, with those that are not given filled in from EXPERIMENTS. Raises UserError if they do not go
+    together, if a run would come to nothing, or if this machine cannot do it."""
+    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --model MODEL [flags]", allow_abbrev=False,
+                                     description="Tunes a text-to-image model with DDSPO or a baseline.", epilog=MEMORY,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, type=lambda path: path.rstrip("/"),
+        help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder")
+    add("--task", choices=["alignment", "aesthetic"], default="alignment", help="Table 1 or 2: its defaults and pairs")
+    add("--pairs", help="the pair store (default: pairs/MODEL, for Table 2 pairs/MODEL-aesthetic)")
+    add("--out", help="the run's folder (default: runs/ and model, task and method)")
+    add("--objective", choices=["ddspo", "diffusion-dpo", "dspo", "sft"], default="ddspo",
+        help="Eq. 7 (or 6, see --winner), Eq. 4, DSPO, or the diffusion loss on one side of the pairs")
+    add("--side", choices=["w", "l"], help="of --objective sft: train on x_0_w or on x_0_l")
+    add("--winner", help="Eq. 6: the winning policy, a lora/ or pipeline/ folder (of --objective sft)")
+    add("--loser", help="Eq. 6: the losing policy")
+    add("--negatives", choices=["generated", "rand-positive", "not-paired"], default="generated",
+        help="Table 3b: x_0_l made from c_minus; or another prompt's winner, with that prompt or c_minus as c_minus")
+    add("--beta", type=at_least(1e-6, float, 1e6), help="this and the next six: see EXPERIMENTS in lib/settings.py")
+    add("--lr", type=at_least(1e-12, float, 0.1), help="final learning rate")  # the bounds are guesses, as beta's are
+    add("--updates", type=at_least(1))
+    add("--warmup", type=at_least(0), help="updates of linear warm-up")
+    add("--batch-size", type=at_least(1), help="pairs per update over all GPUs")
+    add("--lora-rank", type=at_least(0), help="0: all weights (default: 128 for SANA and SD3, else 0)")
+    add("--micro-batch", type=at_least(1), help="pairs on a GPU at once (default: what 24 GB hold)")
+    add("--precision", choices=["fp32", "tf32", "fp16", "bf16"],
+        help="default: fp32 on a CPU; on a GPU bf16 if the network is stored in it, else fp16")
+    add("--checkpointing", action="store_true", help="less memory for a quarter more arithmetic")
+    add("--compile", action="store_true", help="torch.compile the networks, on a GPU")
+    add("--save-every", type=at_least(1), default=10, help="updates between checkpoints (default: 10, guess)")
+    add("--preview", type=at_least(1), help="draw four prompts every so many updates")
+    add("--tensorboard", action="store_true", help="also write the log for TensorBoard")
+    add("--seed", type=at_least(0), default=0, help="of the order of pairs, t and noise (default: 0)")
+    args = with_defaults(parser.parse_args(argv))
+    check(args)
+    runs.check_out(args.out)
+    return args
+
+
+def check(args):
+    """Raises UserError if flags do not go together, if a run would come to nothing, or if this machine cannot do it."""
+    world, gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    if os.path.exists(os.path.join(args.model, models.LORA)):
+        raise UserError(f"--model {args.model} is an adapter: give a whole model to be tuned.")
+    if args.negatives != "generated" and not needs_c_minus(args):
+        raise UserError(f"--negatives {args.negatives} is a variant of Eq. 7: take --objective ddspo and no --winner.")
+    if (args.side is None) == (args.objective == "sft"):
+        raise UserError("--side goes with --objective sft, and sft needs it.")
+    if (args.winner is None) != (args.loser is None):
+        raise UserError("--winner and --loser go together: Eq. 6 needs both.")
+    if args.winner and args.objective not in ("ddspo", "dspo"):
+        raise UserError(f"--winner and --loser go with --objective ddspo or dspo: {args.objective} has none.")
+    if args.beta is not None and args.objective == "sft":
+        raise UserError("--objective sft has no beta.")
+    needed = ("lr",) if args.objective == "sft" else ("beta", "lr")
+    if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
+        raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}"
+                        f"{' and policies' if args.winner else ''}: give {' and '.join(missing)}.")
+    if args.warmup > args.updates:
+        raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates, which would end at "
+                        f"{args.updates / args.warmup:.2g} of --lr: give a --warmup of at most --updates.")
+    if args.precision == "tf32" and not gpu:
+        raise UserError("--precision tf32 is for NVIDIA GPUs: on a CPU take fp32.")
+    if args.compile and not gpu:
+        raise UserError("--compile is for GPUs: on a CPU, torch 2.13 loses the gradient of a U-Net's downsampling.")
+    if args.batch_size < world:
+        raise UserError(f"--batch-size {args.batch_size} is too small for {world} processes: use fewer of them.")
 
 
 if __name__ == "__main__":

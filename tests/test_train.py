@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+import types
 
 import launch
 import numpy as np
@@ -240,7 +241,7 @@ def test_one_update_is_adamw_on_the_mean_loss_of_its_pairs(sd, pairs, tmp_path):
 # ---- precision
 
 
-def test_bfloat16_biases_every_logit_and_float16_does_not(batch, sd):
+def test_bfloat16_biases_every_logit_and_float16_does_not(batch, sd, monkeypatch):
     model, cpu, beta = models.load(sd), torch.device("cpu"), 16000.0  # the paper's
     torch.manual_seed(0)
     (x_0_w, x_0_l, eps), t = torch.randn(3, 16, 4, 8, 8), torch.randint(0, 1000, (16,))
@@ -253,8 +254,10 @@ def test_bfloat16_biases_every_logit_and_float16_does_not(batch, sd):
         with train.precision(cpu, name), torch.no_grad():
             _, info = train.step_loss(model, dict(theta=net, ref=model.net), c, c_minus, x_0_w, x_0_l, t, eps, "ddspo", beta)
         winner[name] = -beta / 2 * info["winner"].mean().item()  # the winner's part of the logit
-        args = argparse.Namespace(precision=name, beta=beta)
-        floor[name], size = train.noise_floor(args, model, model.net, (c, None, x_0_w, None, t, eps), cpu)
+        args = argparse.Namespace(beta=beta, seed=0, micro_batch=16)
+        monkeypatch.setattr(train, "micro_batches", lambda *_: iter([(c, None, x_0_w, None, t, eps)]))
+        floor[name], size = train.noise_floor(types.SimpleNamespace(
+            args=args, precision=name, model=model, policies=dict(ref=model.net), store=range(16), device=cpu))
     bias = {name: winner[name] - winner["fp32"] for name in ("fp16", "bf16")}
     assert bias["bf16"] < -0.1 and abs(bias["fp16"]) < 0.01  # measured: -0.18 and -0.004
     assert floor["fp32"] == 0 and floor["fp16"] < 0.05 < floor["bf16"]  # what a run says at its start
@@ -391,44 +394,63 @@ def test_the_two_objectives_differ(sd, pairs, straight, tmp_path):
     assert not same(run(sd, pairs, tmp_path, "--updates", 6, objective="diffusion-dpo"), straight[1], atol=1e-5)
 
 
-@pytest.mark.curves
-def test_a_finished_run_gives_the_same_result_and_picture_again(sd, pairs, straight, tmp_path):
+DAMAGE = {  # what became of the newest checkpoint
+    "truncated": lambda whole, path: path.write_bytes(whole[:100_000]), "its beginning": lambda whole, path: path.write_bytes(whole[:100]),
+    "empty": lambda whole, path: path.write_bytes(b""), "junk": lambda whole, path: path.write_bytes(b"junk"),
+    "a flipped bit": lambda whole, path: path.write_bytes(whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:]),
+    "a tensor": lambda whole, path: torch.save(torch.zeros(3), path), "a list": lambda whole, path: torch.save([1], path),
+    "other weights": lambda whole, path: change_state(path, lambda state: state["net"]),
+    "a weight less": lambda whole, path: change_state(path, lambda state: state | dict(net=without(state["net"], "conv_in.bias"))),
+    "an optimizer's state less": lambda whole, path: change_state(path, lambda state: state | dict(optimizer=without(state["optimizer"], "conv_in.bias"))),
+    "an identity that is no dict": lambda whole, path: change_state(path, lambda state: state | dict(identity="x")),
+    "another number": lambda whole, path: change_state(path, lambda state: state | dict(update=5)),
+    "a number that is none": lambda whole, path: change_state(path, lambda state: state | dict(update="6")),
+}
+
+
+def without(tensors, name):
+    return {key: x for key, x in tensors.items() if key != name}
+
+
+def change_state(path, change):
+    torch.save(change(torch.load(path, weights_only=True)), path)
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_checkpoint_that_cannot_be_read_is_named_and_without_it_the_one_before_is_taken(what, sd, pairs, straight, tmp_path, capsys):
     out = shutil.copytree(straight[0], tmp_path / "run")
-    before = {name: content for name, content in read_folder(out).items()}
-    os.remove(out / "curves.png")
-    run(sd, pairs, out, "--updates", 6)
-    after = read_folder(out)
-    assert after.keys() == before.keys()
-    different = {name for name in after if after[name] != before[name]}
-    assert different <= {os.path.join("pipeline", "training.json")}  # it names the folder
+    assert sorted(f for f in os.listdir(out) if f.endswith("pt")) == ["checkpoint-000004.pt", "checkpoint-000006.pt"]
+    path = out / "checkpoint-000006.pt"
+    DAMAGE[what](path.read_bytes(), path)
+    before = read_folder(out)
+    with pytest.raises(SystemExit, match=f"^{path} cannot be read as a checkpoint: delete it to go on from the one before.$"):
+        run(sd, pairs, out, "--updates", 6)
+    assert read_folder(out) == before
+    if what in ("truncated", "a tensor"):
+        os.remove(path)
+        assert same(run(sd, pairs, out, "--updates", 6), straight[1])
+        assert "from update 4" in capsys.readouterr().out and read_log(out) == read_log(straight[0])
 
 
-def test_the_newest_readable_checkpoint_is_taken(sd, pairs, straight, tmp_path, capsys):
-    shutil.copytree(straight[0], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "pipeline")
-    assert sorted(f for f in os.listdir(tmp_path / "run") if f.endswith("pt")) == ["checkpoint-000004.pt", "checkpoint-000006.pt"]
-    whole = (tmp_path / "run" / "checkpoint-000006.pt").read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    for damage in (whole[:100_000], whole[:100], b"", b"junk", bytes(flipped)):
-        (tmp_path / "run" / "checkpoint-000006.pt").write_bytes(damage)
-        assert same(run(sd, pairs, tmp_path / "run", "--updates", 6), straight[1])
-        captured = capsys.readouterr()
-        assert "checkpoint-000006.pt is damaged" in captured.err and "from update 4" in captured.out
-        assert read_log(tmp_path / "run") == read_log(straight[0])
-        shutil.rmtree(tmp_path / "run" / "pipeline")
+@pytest.mark.parametrize("first, second, said", [(0, 2, "begun with lora_rank 0, not 2"), (2, 0, "begun with lora_rank 2, not 0")])
+def test_another_run_is_told_from_a_damaged_one(first, second, said, sd, pairs, tmp_path):
+    run(sd, pairs, tmp_path, "--updates", 4, "--lora-rank", first)
+    before = read_folder(tmp_path)
+    with pytest.raises(SystemExit, match=said):
+        run(sd, pairs, tmp_path, "--updates", 6, "--lora-rank", second)
+    assert read_folder(tmp_path) == before
 
 
-def test_a_checkpoint_without_a_weight_or_of_something_else_is_damaged(sd, pairs, straight, tmp_path, capsys):
-    shutil.copytree(straight[0], tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint-000006.pt"
-    whole = torch.load(path, weights_only=True)
-    less = whole | dict(net={name: x for name, x in whole["net"].items() if name != "conv_in.bias"})
-    for content, said in ((less, r"it lacks the weights \['conv_in.bias'\]"), (whole["net"], "it is another torch file"),
-                          (torch.zeros(3), "it is another torch file")):
-        torch.save(content, path)
-        assert same(run(sd, pairs, tmp_path / "run", "--updates", 6), straight[1])
-        assert re.search(f"checkpoint-000006.pt is damaged .{said}", capsys.readouterr().err)
+def test_only_a_runs_own_earlier_checkpoints_are_removed(sd, pairs, straight, tmp_path):
+    out = shutil.copytree(straight[0], tmp_path / "run")
+    run(sd, pairs, tmp_path / "other", "--updates", 2, "--seed", 1)
+    (out / "checkpoint-000001.pt").write_text("mine")
+    shutil.copy(tmp_path / "other" / "checkpoint-000002.pt", out / "checkpoint-000002.pt")  # another run's
+    foreign = {name: (out / name).read_bytes() for name in ("checkpoint-000001.pt", "checkpoint-000002.pt")}
+    run(sd, pairs, out, "--updates", 8)
+    left = {name for name in os.listdir(out) if name.endswith(".pt")}
+    assert left == {*foreign, "checkpoint-000006.pt", "checkpoint-000008.pt"}
+    assert all((out / name).read_bytes() == content for name, content in foreign.items())
 
 
 def test_a_model_is_its_weights_also_for_a_run(sd, pairs, straight, tmp_path, monkeypatch):
@@ -441,45 +463,65 @@ def test_a_model_is_its_weights_also_for_a_run(sd, pairs, straight, tmp_path, mo
     weights[max(weights)] += 1
     save_file(weights, "model/vae/diffusion_pytorch_model.safetensors", metadata=dict(format="pt"))
     before = read_folder("run")
-    with pytest.raises(SystemExit, match="the run in run was begun with other weights of --model: continue it with the same"):
+    with pytest.raises(SystemExit, match="the run in run was begun with other weights of --model than now: continue it with the same"):
         run("./model", pairs, "run", "--updates", 3)
     assert read_folder("run") == before
 
 
 def test_a_result_without_its_checkpoint_is_not_replaced(sd, pairs, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
-    for name in ("checkpoint-000004.pt", "checkpoint-000006.pt"):
-        os.remove(tmp_path / "run" / name)
+    for name in ("checkpoint-000004.pt", "checkpoint-000006.pt", "curves.png"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
     before = read_folder(tmp_path / "run")
-    with pytest.raises(SystemExit, match="pipeline is a result without a checkpoint, and would be replaced: give another --out"):
+    with pytest.raises(SystemExit, match="run holds pipeline and no checkpoint: move that away, or give another --out"):
         run(sd, pairs, tmp_path / "run", "--updates", 7)
     assert read_folder(tmp_path / "run") == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "curves.png").write_text("mine")
-    with pytest.raises(SystemExit, match="curves.png is a result without a checkpoint, and would be replaced: give another --out"):
-        run(sd, pairs, tmp_path / "other", "--updates", 1)
-    assert (tmp_path / "other" / "curves.png").read_text() == "mine"
+    for name in ("curves.png", "notes.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(SystemExit, match=f"holds {name} and no checkpoint: move that away, or give another --out"):
+            run(sd, pairs, tmp_path / name, "--updates", 1)
+        assert (tmp_path / name / name).read_text() == "mine" and os.listdir(tmp_path / name) == [name]
+
+
+def test_files_that_a_user_put_into_the_result_stay(sd, pairs, straight, tmp_path):
+    out = shutil.copytree(straight[0], tmp_path / "run")
+    (out / "pipeline" / "README.md").write_text("my model card")
+    (out / "pipeline" / "unet" / "notes.txt").write_text("mine")
+    weights = run(sd, pairs, out, "--updates", 8)
+    assert not same(weights, straight[1], atol=1e-5)
+    assert (out / "pipeline" / "README.md").read_text() == "my model card" and (out / "pipeline" / "unet" / "notes.txt").read_text() == "mine"
+    assert not (out / "pipeline.partial").exists()
+
+
+def open_log(folder, update):
+    runs.open_log(types.SimpleNamespace(args=argparse.Namespace(out=str(folder), tensorboard=False), precision="fp32"), update, 0.0)
+
+
+FIRST = '{"update": 0, "noise_floor": 0.0, "precision": "fp32"}\n'
 
 
 def test_the_log_is_cut_to_the_checkpoint_whatever_became_of_it(tmp_path):
     rows = [json.dumps(dict(update=u)) + "\n" for u in (3, 4, 5, 6)]
     (tmp_path / "log.jsonl").write_text("".join(rows) + '{"upda')
-    runs.open_log(str(tmp_path), 5, dict(update=0), False)[0].close()
+    open_log(tmp_path, 5)
     assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:3])
-    runs.open_log(str(tmp_path), 0, dict(update=0), False)[0].close()
-    assert (tmp_path / "log.jsonl").read_text() == '{"update": 0}\n'
+    open_log(tmp_path, 0)
+    assert (tmp_path / "log.jsonl").read_text() == FIRST
+    (tmp_path / "log.jsonl").unlink()
+    open_log(tmp_path, 5)
+    assert (tmp_path / "log.jsonl").read_text() == FIRST
 
 
-@pytest.mark.parametrize("text", ['{"update": 3}\n{"upd\n{"update": 5}\n', "mine\n", "[1]\n", '{"update": "x"}\n', b"\xff\xfe\n", None])
-def test_a_log_that_is_damaged_or_gone_is_moved_aside_and_begun_anew(text, tmp_path, capsys):
+@pytest.mark.parametrize("text", ['{"update": 3}\n{"upd\n{"update": 5}\n', "mine\n", "[1]\n", '{"update": "x"}\n', '{"update": null}\n', "3\n", b"\xff\xfe\n"])
+def test_a_log_that_cannot_be_read_is_named_and_kept(text, tmp_path):
     path = tmp_path / "log.jsonl"
-    if text:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    before = text and path.read_bytes()
-    runs.open_log(str(tmp_path), 5, dict(update=0), False)[0].close()
-    assert path.read_text() == '{"update": 0}\n'
-    if text:
-        assert (tmp_path / "log.jsonl.damaged").read_bytes() == before and "it is now" in capsys.readouterr().err
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = path.read_bytes()
+    for update in (0, 5):
+        with pytest.raises(UserError, match=f"^{path} is damaged or no log of train.py: delete it, and a new one is begun.$"):
+            open_log(tmp_path, update)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["log.jsonl"]
 
 
 @pytest.mark.curves
@@ -507,36 +549,6 @@ def test_a_picture_that_could_not_be_drawn_does_not_cost_the_result_and_is_drawn
 def start(sd, pairs, out, *flags, processes=1):
     """A run in processes of its own."""
     return launch.Started("train", ["--model", sd, "--pairs", pairs, "--out", out, *FLAGS, *flags], processes)
-
-
-@pytest.mark.parametrize("flags", [["--lora-rank", "2"], ["--fsdp"]])
-def test_two_processes_are_one_also_if_their_number_changes_at_a_stop(flags, sd, pairs, tmp_path):
-    expected = run(sd, pairs, tmp_path / "one", "--updates", 6, *(f for f in flags if f != "--fsdp"))
-    for updates in (2, 4):  # two processes, then again two; judged by what they wrote: gloo's sometimes abort at their end
-        start(sd, pairs, tmp_path / "two", "--updates", updates, *flags, processes=2).wait()
-    weights = run(sd, pairs, tmp_path / "two", "--updates", 6, *(f for f in flags if f != "--fsdp"))  # and then one
-    assert same(weights, expected, atol=1e-6, outliers=20)  # the sums are taken in another order
-    for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
-        assert one["pairs_by_t"] == two["pairs_by_t"] and one["loss"] == pytest.approx(two["loss"], rel=1e-4)
-        assert one["logit_quantiles"] == pytest.approx(two["logit_quantiles"], rel=1e-2, abs=1e-6)
-
-
-def test_a_copy_of_shared_out_weights_is_the_same_network(family_folders):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        for folder in family_folders.values():
-            model = models.load(folder)
-            batch = torch.randn(2, *model.latent_shape), torch.tensor([3, 700]), model.encode(["a red fox", "a blue cup"])
-            with torch.no_grad():
-                expected = model.predict(model.net, *batch)
-                train.shard_weights(model.net)
-                other = train.copy_shares(model.net)
-                for p in model.net.parameters():
-                    p.zero_()  # the copy has its own
-                assert list(map(type, other.attn_processors.values())) == list(map(type, model.net.attn_processors.values()))
-                assert torch.equal(model.predict(other, *batch), expected), folder
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(sd, pairs, straight, tmp_path):
@@ -596,7 +608,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(sd, pairs, 
 def test_a_student_that_is_not_the_reference_is_noticed_at_the_start(logit):
     def check(second, floor=0.0):
         columns = dict(loss=np.zeros(2), logit=np.array([0.0, second]))
-        train.check_update(argparse.Namespace(out=""), None, 0, [], columns, 1.0, floor, None)
+        runs.check_update(types.SimpleNamespace(), 0, [], columns, 1.0, floor)
 
     check(0.08)  # the mean over the pairs counts, for a pair alone may differ by its kernels
     check(0.4, floor=0.05)  # and it is judged against what rounding explains
@@ -626,10 +638,10 @@ def test_the_start_is_checked_in_a_run(wrong, sd, pairs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["sd", "sd2", "sdxl", "sana", "sd3"])
 def test_the_reference_takes_the_students_kernels_so_that_each_first_logit_is_0(family, family_folders):
     model = models.load(family_folders[family])
-    args = train.parse(["--model", family_folders[family], "--lora-rank", "0", "--precision", "fp16"])
+    args = train.parse(["--model", family_folders[family], "--lora-rank", "0"])
     policies, networks = train.make_policies(args, model)
     parameters = {p for p in model.net.parameters() if p.requires_grad}
-    train.prepare(args, networks)
+    train.prepare(types.SimpleNamespace(args=args, precision="fp16", networks=networks))
     torch.manual_seed(0)
     x_0_w, x_0_l, eps = torch.randn(3, 4, *model.latent_shape)
     c, c_minus = model.encode(["a red fox", "a blue cup", "x", "yy"]), model.encode(["fox", "cup", "z", "y"])
@@ -644,8 +656,8 @@ def test_compiled_sana_has_a_finite_gradient_in_float16(family_folders, monkeypa
     monkeypatch.setattr(torch._functorch.config, "backward_pass_autocast", "same_as_forward")  # and back again afterwards
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net, real=torch.nn.Module.compile: real(net, backend="aot_eager"))
     model = models.load(family_folders["sana"])
-    args = argparse.Namespace(precision="fp16", compile=True, fsdp=False, lora_rank=0)
-    train.prepare(args, [model.net])
+    args = argparse.Namespace(compile=True, checkpointing=False, lora_rank=0)
+    train.prepare(types.SimpleNamespace(args=args, precision="fp16", networks=[model.net]))
     torch.manual_seed(0)
     x_0, eps = torch.randn(2, 2, *model.latent_shape)
     batch = model.encode(["a red fox", "b"]), None, x_0, x_0, torch.tensor([10, 900]), eps
@@ -656,18 +668,12 @@ def test_compiled_sana_has_a_finite_gradient_in_float16(family_folders, monkeypa
 
 
 def test_processes_that_see_other_files_are_refused_before_the_first_update(monkeypatch):
-    change = {}
-
-    def gather(everyone, mine):
-        everyone[:] = [("one", mine[1]), ("two", mine[1] | change)]
-
-    monkeypatch.setattr(runs.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(runs.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(runs.dist, "all_gather_object", gather)
-    mine = {"beta": 5, "other weights of --model": "0123", "out": "runs/a after update 4"}
+    change, digits = {}, "0123456789abcdef"
+    monkeypatch.setattr(runs, "from_all", lambda mine: [("one", mine[1]), ("two", mine[1] | change)])
+    mine = {"beta": 5, "weights of --model": digits, "out": "runs/a with checkpoint-000004.pt"}
     runs.agree(mine)
-    for name, value, said in (("out", "runs/a after update 0", "out runs/a after update 0, not runs/a after update 4"),
-                              ("other weights of --model", "4567", "other weights of --model")):
+    for name, value, said in (("out", "runs/a with no checkpoint", "out runs/a with no checkpoint, not runs/a with checkpoint-000004.pt"),
+                              ("weights of --model", digits[::-1], "other weights of --model than now")):
         change.clear()
         change[name] = value
         with pytest.raises(UserError, match=f"process 1 on two and process 0 on one do not see the same: {said}. --out, --pairs"):
@@ -683,7 +689,7 @@ def test_machines_without_a_shared_folder_are_refused(sd, pairs, tmp_path):
     run(sd, pairs, tmp_path / "0" / "run", "--updates", 2)
     argv = ["--model", sd, "--pairs", pairs, "--out", "run", *FLAGS, "--updates", 4]
     codes, said = launch.run("train", argv, 2, functools.partial(each_in_its_own_folder, str(tmp_path)))
-    assert re.search("process 1 on .* do not see the same: out run after update 0, not run after update 2", said)
+    assert re.search("process 1 on .* do not see the same: out run with no checkpoint, not run with checkpoint-000002.pt", said)
     assert 0 not in codes and read_log(tmp_path / "0" / "run")[-1]["update"] == 2
 
 
@@ -716,7 +722,7 @@ def test_a_run_is_not_continued_with_other_pairs(sd, pairs, straight, tmp_path):
             table.write_text(table.read_text().replace("fox", "wolf"))
             change = dict(table=checksum(table))
         (tmp_path / "store" / "meta.json").write_text(json.dumps(meta | change))
-        with pytest.raises(SystemExit, match="begun with other pairs: continue it with the same"):
+        with pytest.raises(SystemExit, match="begun with other pairs than now: continue it with the same"):
             run(sd, str(tmp_path / "store"), straight[0], "--updates", 6)
 
 
@@ -865,8 +871,8 @@ def test_a_run_says_what_a_small_store_costs_and_which_prompts_are_cut(sd, pairs
     run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 2, "--batch-size", 25, "--micro-batch", 10)
     said = capsys.readouterr()
     assert "1 process with 3 micro-batches of up to 10;" in said.out
-    assert "what was not given is from the experiment nearest to this model, sd14 alignment ddspo" in said.out
-    assert said.err.count("note: the model reads 1 of 20 prompts not to their end") == 1 and "was truncated" not in said.err
+    assert "; defaults from sd14 alignment ddspo" in said.out
+    assert said.err.count("note: 1 of 20 prompts exceed the text encoders' limit and are truncated") == 1 and "was truncated" not in said.err
     for done in (10, 20, 25, 35, 45, 50):  # progress within an update, with the time to the end and pairs a second
         assert re.search(rf" {done}/50 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+(s/ pairs| pairs/s)", said.err)
 
