@@ -4,8 +4,11 @@ A detector finds objects and CLIP L/14 names their colours. The verdict is right
 for: so many objects of a class, of a colour, on the right side of others, and no more of them when they are counted.
 
 The detector is GenEval's own, OpenMMLab's Mask2Former Swin-S, in transformers' class: mmdet's weights renamed, with
-mmdet's input of 800 pixels and its bilinear masks. GenEval's script names an older file; that it holds the same weights
-is known from the files' names only. `lenient` in the scores is the verdict by the position rule of DDSPO's authors.
+mmdet's input of 800 pixels and its bilinear masks. GenEval's download script names mmdet 2's file (...743b7d99), which
+others use too; this is mmdet 3's (...c9d0c4f2). Both are of one training run, 20220504_001756: mmdet 3 renamed parts of
+the network, so that published weights had to be converted (mmdetection's pull request 9515), and its page links mmdet
+2's log for this file. The tensors of the two have not been compared. `lenient` in the scores is the verdict by the
+position rule of DDSPO's authors.
 """
 
 import itertools

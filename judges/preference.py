@@ -1,11 +1,14 @@
 """Scores by CLIP: HPSv2 and PickScore (Tables 2 and 3a), and the CLIPScore of T2I-CompBench (Tables 1 and 3).
 
-    HPSv2       4 styles of 800 prompts, an image each      100 cos, version 2.0 of the weights (Apache-2.0)
+    HPSv2       4 styles of 800 prompts, an image each      100 cos, weights of version 2.0, and of 2.1 (Apache-2.0)
     PickScore   1,632 PartiPrompts, an image each           the network's own scale times cos
     CLIPScore   non_spatial and complex of CompBench        cos, CLIP B/32
 
 All are cosines of image and prompt by a CLIPModel, whose pixels are torchvision's. PickScore and CLIPScore are the
 official ones; HPSv2 differs in precision, float32 for float16.
+
+The paper's HPSv2 is on the scale of version 2.0, to which its authors' script gives the weights by name: its 26.95 for
+SD-1.5 is also what HPSv2's own table has for SD-1.4 with 2.0 (with 2.1: 25.35). Most papers of 2026 report version 2.1.
 """
 
 import html
@@ -23,6 +26,7 @@ PROMPTS = "https://huggingface.co/datasets/zhwang/HPDv2/resolve/main/benchmark/{
 PARTI = "https://raw.githubusercontent.com/google-research/parti/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071/PartiPrompts.tsv"
 CLIP_B, CLIP_H = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICK, HPS = "yuvalkirstain/PickScore_v1", "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt"
+HPS_21 = HPS.replace("v2_", "v2.1_")
 
 
 def items_hps(data):
@@ -77,7 +81,11 @@ def clip_from_open_clip(state):
     return shared | rename(sides, renames)
 
 
-def load_hps(device, data):
-    net = from_url(transformers.CLIPModel, from_hub("CLIPConfig", CLIP_H), HPS,
+def load_hps(device, data, weights=HPS):
+    net = from_url(transformers.CLIPModel, from_hub("CLIPConfig", CLIP_H), weights,
                    lambda checkpoint: clip_from_open_clip(checkpoint["state_dict"]), device)
     return cosine(net, from_hub("AutoTokenizer", CLIP_H), 100, hps_pixels, open_clip_text)
+
+
+def load_hps_21(device, data):
+    return load_hps(device, data, HPS_21)

@@ -1,5 +1,5 @@
-"""What the benchmarks of Sec. 4.2 to 4.4 share: lists from their official places, networks from the hub or from their
-authors' own checkpoints, CLIP, the overlap of boxes, and the mean of scores with its interval.
+"""What the benchmarks of Sec. 4.2 to 4.4 share: what a run's folder keeps; lists from their official places; networks
+from the hub or from their authors' own checkpoints; CLIP, the overlap of boxes, and means with their interval.
 
 Each benchmark's file (preference.py holds two, and compbench.py has three judges) offers evaluate.py functions of two
 kinds, which BENCHMARKS names there:
@@ -9,18 +9,161 @@ kinds, which BENCHMARKS names there:
                           judge needs. `data` is the folder of the fetched lists.
     load(device, data)    a judge: judge(rows, images) gives a dict for each PIL image, with its `correct` or `value`
                           (fid.py: with what its `summary` needs of all images).
+
+A run's folder has, beside the images,
+
+    settings.json               what the images were made with, and the checksums of the lists of prompts
+    scores/NAME.jsonl           what a judge found, a line an image; scores/coco.json, FID and IS
+    scores/NAME/settings.json   of which images that is, and which weights the judge has
 """
 
+import json
 import os
 import pickle
 
+import diffusers
 import numpy as np
 import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
 
-from lib.files import UserError
+from lib import models
+from lib.files import UserError, checksum, read_json, same_settings, text_checksum, write_file
+from lib.images import open_rgb
+
+# ---- a run's folder
+
+FIXED = ("checksum", "steps", "guidance", "seed", "sampler", "precision", "pixels")  # the same for all in a folder
+OF_THE_LIST = ("path", "prompt", "group", "index", "kind", "atom_count", "skills")  # what scores repeat of a list
+VALUES = dict(  # what a judge says of an image, first what its mean is made of; a cosine may round to more than 1
+    geneval=dict(correct=bool, lenient=bool, details=str), shapes=dict(correct=bool), blip=dict(value=(0, 1), kind=str),
+    owl=dict(value=(0, 1)), clipscore=dict(value=(-1.01, 1.01)), hps=dict(value=(-101, 101)),
+    hps21=dict(value=(-101, 101)), pick=dict(value=(-101, 101)),
+    geneval2=dict(value=(0, 6.01), probabilities=[(0, 6.01)]))
+
+
+def fits(x, what):
+    """Whether x is of the type `what`, a number between its two ends, or a list of such numbers."""
+    if isinstance(what, list):
+        return type(x) is list and all(fits(y, what[0]) for y in x)
+    return type(x) is what if isinstance(what, type) else type(x) in (int, float) and what[0] <= x <= what[1]
+
+
+def list_checksum(rows):
+    """A checksum of a list of images, or of the scores of these images, in any order."""
+    return text_checksum(json.dumps([[row.get(key) for key in OF_THE_LIST]
+                                     for row in sorted(rows, key=lambda row: row["path"])]))
+
+
+def read_settings(path):
+    found = read_json(path) if os.path.isfile(path) else {}
+    if not isinstance(found, dict) or not {*FIXED, "base"} <= found.keys() or not isinstance(found.get("lists"), dict):
+        raise UserError(f"cannot read {path}: it does not exist, or evaluate.py generate did not write it. Give a "
+                        "folder that generate made, or --foreign to score images that were made elsewhere.")
+    return found
+
+
+def settings_of(model, args):
+    """(what images depend on, what else is worth knowing). The model is known by its checksum, because a path may hold
+    another run's tomorrow."""
+    known = models.model_checksum(model)
+    if args.unet:
+        known = text_checksum("".join([known, *map(checksum, model.unet_files)]))[:16]
+    fixed = dict(checksum=known, steps=model.steps, guidance=model.guidance, seed=args.seed,
+                 sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
+                 pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)
+    base = models.training_of(args.model, "model") or args.model  # what the model was tuned from
+    base = {path: preset for preset, path in models.PRESETS.items()}.get(base, base)
+    return fixed, dict(model=args.model, unet=args.unet, base=base, lists={},
+                       versions=f"torch {torch.__version__}, diffusers {diffusers.__version__}")
+
+
+def add_lists(path, lists):
+    """Notes in settings.json from which prompts the images of these benchmarks are made: {benchmark: its rows}."""
+    found = read_settings(path)
+    for bench, rows in lists.items():
+        if found["lists"].setdefault(bench, list_checksum(rows)) != list_checksum(rows):
+            raise UserError(f"{path} is of images from other prompts of {bench}: give another folder.")
+    write_file(path, json.dumps(found, indent=1) + "\n")
+
+
+def adopt(path, lists):
+    """Writes or completes the settings.json of a folder of images that were made elsewhere."""
+    if not os.path.exists(path):
+        unknown = dict.fromkeys((*FIXED, "model", "base", "versions"), "unknown")
+        write_file(path, json.dumps(unknown | dict(lists={})))
+    if read_settings(path)["checksum"] != "unknown":
+        raise UserError(f"--foreign: the images in {os.path.dirname(path)} were made by evaluate.py generate. Score "
+                        "them without it.")
+    add_lists(path, lists)
+
+
+def read_scores(run, name):
+    """{path of an image: its row} of a judge's scores, without a last line that a stopped run left unfinished."""
+    path = os.path.join(run, "scores", f"{name}.jsonl")
+    if not os.path.exists(path):
+        return {}
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")[:-1]
+    rows = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            for key, what in (dict(path=str, group=str, index=int) | VALUES[name]).items():
+                if not fits(row[key], what):
+                    raise ValueError(f"{key} cannot be {row[key]!r}")
+            rows[row["path"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number} cannot be read ({error!r}): delete that line and give the command of "
+                            "score again.") from None
+    return rows
+
+
+def read_coco(run):
+    """What is in scores/coco.json, or {} if there is none."""
+    path = os.path.join(run, "scores", "coco.json")
+    found = read_json(path) if os.path.exists(path) else {}
+    if not isinstance(found, dict) or found and not ({"FID", "IS"} <= found.keys()
+                                                     and all(fits(x, (0, 1e9)) for x in found.values())):
+        raise UserError(f"{path} cannot be read: delete it and give the command of score again.")
+    return found
+
+
+def note_scores(run, name, settings, bench, rows, judge=None):
+    """Notes of which images a judge's scores are: made with these `settings` from these `rows` of a list; and which
+    weights the `judge` has. Without `judge` the note must be there. Raises UserError if it says otherwise, or if an
+    image's prompt or place in the scores is not the list's. Returns the note."""
+    folder = os.path.join(run, "scores", name)
+    path = os.path.join(folder, "settings.json")
+    try:
+        if not judge and not os.path.exists(path):
+            raise UserError(f"{path} is missing, which says of which images these scores are.")
+        images = {key: settings[key] for key in FIXED} | dict(prompts=settings["lists"][bench])
+        same_settings(path, images | (dict(list=list_checksum(rows), judge=judge) if judge else {}))
+        found, note = read_scores(run, name) if name in VALUES else {}, read_json(path)
+        if name in VALUES and list_checksum([found.get(row["path"], row) for row in rows]) != note.get("list"):
+            raise UserError(f"{folder}.jsonl was changed: an image's prompt, group or index is not the list's.")
+    except UserError as error:
+        raise UserError(f"{error} Or delete {folder}*, so that all is judged again.") from None
+    return note
+
+
+def is_there(path):
+    """Whether there is an image; a file of 0 bytes, as a power cut leaves it, is none."""
+    return os.path.isfile(path) and os.path.getsize(path) > 0
+
+
+def open_image(path, size="unknown"):
+    """The image of a file in RGB. Raises UserError if it is damaged, or not of size x size pixels."""
+    try:
+        image = open_rgb(path)
+        if size != "unknown" and image.size != (size, size):
+            raise ValueError(f"it has {image.width} x {image.height} pixels, not {size} x {size}")
+    except ValueError as error:
+        raise UserError(f"cannot judge {path} ({error}): delete it and give the command of generate again.") from None
+    return image
+
 
 # ---- lists and networks
 
@@ -51,10 +194,10 @@ def fetch_lines(data, name, url):
     return [line.strip("\r") for line in fetch_text(data, name, url).split("\n") if line.strip()]
 
 
-def from_hub(kind, name, device=None):
-    """A pretrained model of transformers, in float32 on `device`; without a device, a tokenizer or a configuration."""
+def from_hub(kind, name, device=None, dtype=torch.float32):
+    """A pretrained model of transformers on `device`; without a device, a tokenizer or a configuration."""
     try:
-        found = getattr(transformers, kind).from_pretrained(name, **dict(dtype=torch.float32) if device else {})
+        found = getattr(transformers, kind).from_pretrained(name, **dict(dtype=dtype) if device else {})
     except (*BROKEN, ValueError) as error:
         raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from None
     return found.to(device).eval().requires_grad_(False) if device else found
@@ -63,7 +206,11 @@ def from_hub(kind, name, device=None):
 def from_url(build, config, url, convert, device):
     """The model build(config) of transformers with the weights convert(checkpoint) of its authors' own checkpoint."""
     net, path = build(config), os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    try:  # check_hash: where the file's name ends in the first digits of its sha256, they must be right
+    digits = torch.hub.HASH_REGEX.search(os.path.basename(url))  # in some names: the first ones of the file's sha256
+    if digits and os.path.exists(path) and not checksum(path).startswith(digits[1]):  # torch checks downloads only
+        raise UserError(f"{path} is not the file of {url}: its sha256 does not begin with {digits[1]}. Delete it, so "
+                        "that it is fetched again.")
+    try:
         checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
         net.load_state_dict(convert(checkpoint))
     except BROKEN as error:

@@ -1,117 +1,65 @@
-"""What evaluate.py keeps of a model's images, the table of that, and the numbers of the paper's Tables 1 to 3.
+"""The table of what the judges found in several runs, beside the numbers of the paper's Tables 1 to 3."""
 
-    settings.json               what the images were made with, and the checksums of the lists of prompts
-    scores/NAME.jsonl           what a judge found, a line an image; scores/coco.json, FID and IS
-    scores/NAME/settings.json   of which images that is, and which weights and versions the judge has
-"""
-
-import json
 import os
 
-from judges import compbench
-from judges.shared import interval, per_prompt
-from lib.files import UserError, read_json, same_settings
-
-# ---- a run's folder
-
-FIXED = ("fingerprint", "steps", "guidance", "seed", "sampler", "precision", "pixels")  # the same for all in a folder
-KEYS = dict(geneval=["correct", "lenient", "details"], shapes=["correct"], blip=["value", "kind"])  # else: value
-
-
-def read_settings(path):
-    found = read_json(path) if os.path.isfile(path) else {}
-    if not isinstance(found, dict) or not {*FIXED, "base", "lists"} <= found.keys():
-        raise UserError(f"cannot read {path}: it does not exist, or evaluate.py generate did not write it. Give a "
-                        "folder that generate made, or --foreign to score images that were made elsewhere.")
-    return found
-
-
-def note_scores(folder, settings, bench, judge=()):
-    """Notes in `folder` what its scores are of: images with these `settings` from the prompts of `bench`, and which
-    weights and versions the `judge` has. Raises UserError if something else is noted there; gives the judge's notes."""
-    path = os.path.join(folder, "settings.json")
-    images = {key: settings[key] for key in FIXED} | dict(prompts=settings["lists"][bench])
-    try:
-        same_settings(path, images | dict(judge))
-    except UserError as error:
-        raise UserError(f"{error} Or delete {folder}*, so that all is judged again.") from None
-    return {key: value for key, value in read_json(path).items() if key not in images}
-
-
-def read_scores(run, name):
-    """{path of an image: its row} of a judge's scores, without a last line that a stopped run left unfinished."""
-    path = os.path.join(run, "scores", f"{name}.jsonl")
-    if not os.path.exists(path):
-        return {}
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")[:-1]
-    rows = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows[row["path"]], _ = row, [row[key] for key in ("group", "index", *KEYS.get(name, ["value"]))]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number} cannot be read ({error!r}): delete that line and give the command of "
-                            "score again.") from None
-    return rows
-
-
-def read_coco(run):
-    """What is in scores/coco.json, or {} if there is none."""
-    path = os.path.join(run, "scores", "coco.json")
-    return read_json(path) if os.path.exists(path) else {}
-
-
-def in_a_line(run, name):
-    """What a judge found in a run."""
-    if name == "coco":
-        found = read_coco(run)
-        return f"FID {found['FID']:.2f}, IS {found['IS']:.2f}"
-    key = KEYS.get(name, ["value"])[0]
-    found = interval(per_prompt(read_scores(run, name).values(), key))
-    return f"{name} {found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
-
-
-# ---- the table
+from judges import compbench, geneval2
+from judges.shared import FIXED, VALUES, interval, note_scores, per_prompt, read_coco, read_scores, read_settings
+from lib.files import UserError
+from lib.plots import markdown_table
 
 COLUMNS = {  # and the benchmark of each
     "GenEval": "geneval", "GenEval, lenient": "geneval", "CB": "compbench", "CB~": "compbench", "FID": "coco",
-    "IS": "coco", "HPSv2": "hps", "PickScore": "pick", "shapes": "shapes"}
-PAPER = [  # table, preset, row, numbers; Tables 1b and 1c give some of the same models other numbers than 1a and 1b
-    ("1a", "sd14", "SD-1.4", dict(GenEval=.4245, CB=.3150, FID=13.05, IS=36.76)),
-    ("1a", "sd14", "SD-1.4 + D-DPO", dict(GenEval=.4841, CB=.3723, FID=18.02, IS=36.64)),
-    ("1a", "sd14", "SD-1.4 + DDSPO", dict(GenEval=.5045, CB=.3823, FID=16.39, IS=38.10)),
-    ("1b", "sd14", "SD-1.4 + DDSPO", dict(GenEval=.5045, CB=.3723)),
-    ("1b", "sdxl", "SDXL", dict(GenEval=.5229, CB=.4034)),
-    ("1b", "sdxl", "SDXL + DDSPO", dict(GenEval=.6049, CB=.4857)),
-    ("1b", "sana", "SANA", dict(GenEval=.6812, CB=.4846)),
-    ("1b", "sana", "SANA + DDSPO", dict(GenEval=.7266, CB=.5255)),
-    ("1c", "sdxl", "SDXL", dict(GenEval=.5229, CB=.4185)),
-    ("1c", "sdxl", "SDXL + Itercomp", dict(GenEval=.6108, CB=.4644)),
-    ("1c", "sdxl", "SDXL + CaPO", dict(GenEval=.5900, CB=.4652)),
-    ("1c", "sdxl", "SDXL + DDSPO", dict(GenEval=.6049, CB=.5064)),
-    ("2a", "sd15", "SD-1.5", dict(HPSv2=26.95, PickScore=21.14)),
-    ("2a", "sd15", "SD-1.5 + D-DPO", dict(HPSv2=27.25, PickScore=21.34)),
-    ("2a", "sd15", "SD-1.5 + D-KTO", dict(HPSv2=27.89, PickScore=21.39)),
-    ("2a", "sd15", "SD-1.5 + DDSPO", dict(HPSv2=27.46, PickScore=21.35)),
-    ("2b", "sdxl", "SDXL", dict(HPSv2=27.89, PickScore=22.27)),
-    ("2b", "sdxl", "SDXL + D-DPO", dict(HPSv2=28.55, PickScore=22.61)),
-    ("2b", "sdxl", "SDXL + DDSPO", dict(HPSv2=28.78, PickScore=22.70)),
-    ("3a", "sd14", "SD-1.4", dict(GenEval=.4245, CB=.3150, HPSv2=26.88, PickScore=21.11)),
-    ("3a", "sd14", "SD-1.4, Rand-removal", dict(GenEval=.5045, CB=.3823, HPSv2=27.28, PickScore=21.36)),
-    ("3a", "sd14", "SD-1.4, LLaMA (TA)", dict(GenEval=.4854, CB=.3807, HPSv2=27.25, PickScore=21.36)),
-    ("3a", "sd14", "SD-1.4, LLaMA (AQ)", dict(GenEval=.4758, CB=.3616, HPSv2=27.51, PickScore=21.39)),
-    ("3b", "sd14", "SD-1.4, Rand-positive", dict(GenEval=.4866, CB=.3763)),
-    ("3b", "sd14", "SD-1.4, Not-paired", dict(GenEval=.4891, CB=.3842))]
+    "IS": "coco", "HPSv2": "hps", "HPSv2.1": "hps", "PickScore": "pick", "GenEval 2 AM": "geneval2",
+    "GenEval 2 GM": "geneval2", "shapes": "shapes"}
+PAPER = [  # source, preset, row, numbers; Tables 1b and 1c give some of the same models other numbers than 1a and 1b
+    ("Table 1a", "sd14", "SD-1.4", dict(GenEval=.4245, CB=.3150, FID=13.05, IS=36.76)),
+    ("Table 1a", "sd14", "SD-1.4 + D-DPO", dict(GenEval=.4841, CB=.3723, FID=18.02, IS=36.64)),
+    ("Table 1a", "sd14", "SD-1.4 + DDSPO", dict(GenEval=.5045, CB=.3823, FID=16.39, IS=38.10)),
+    ("Table 1b", "sd14", "SD-1.4 + DDSPO (its CB is that of D-DPO in Table 1a)", dict(GenEval=.5045, CB=.3723)),
+    ("Table 1b", "sdxl", "SDXL", dict(GenEval=.5229, CB=.4034)),
+    ("Table 1b", "sdxl", "SDXL + DDSPO", dict(GenEval=.6049, CB=.4857)),
+    ("Table 1b", "sana", "SANA", dict(GenEval=.6812, CB=.4846)),
+    ("Table 1b", "sana", "SANA + DDSPO", dict(GenEval=.7266, CB=.5255)),
+    ("Table 1c", "sdxl", "SDXL", dict(GenEval=.5229, CB=.4185)),
+    ("Table 1c", "sdxl", "SDXL + Itercomp", dict(GenEval=.6108, CB=.4644)),
+    ("Table 1c", "sdxl", "SDXL + CaPO", dict(GenEval=.5900, CB=.4652)),
+    ("Table 1c", "sdxl", "SDXL + DDSPO", dict(GenEval=.6049, CB=.5064)),
+    ("Table 2a", "sd15", "SD-1.5", dict(HPSv2=26.95, PickScore=21.14)),
+    ("Table 2a", "sd15", "SD-1.5 + D-DPO", dict(HPSv2=27.25, PickScore=21.34)),
+    ("Table 2a", "sd15", "SD-1.5 + D-KTO", dict(HPSv2=27.89, PickScore=21.39)),
+    ("Table 2a", "sd15", "SD-1.5 + DDSPO", dict(HPSv2=27.46, PickScore=21.35)),
+    ("Table 2b", "sdxl", "SDXL", dict(HPSv2=27.89, PickScore=22.27)),
+    ("Table 2b", "sdxl", "SDXL + D-DPO", dict(HPSv2=28.55, PickScore=22.61)),
+    ("Table 2b", "sdxl", "SDXL + DDSPO", dict(HPSv2=28.78, PickScore=22.70)),
+    ("Table 3a", "sd14", "SD-1.4", dict(GenEval=.4245, CB=.3150, HPSv2=26.88, PickScore=21.11)),
+    ("Table 3a", "sd14", "SD-1.4, Rand-removal", dict(GenEval=.5045, CB=.3823, HPSv2=27.28, PickScore=21.36)),
+    ("Table 3a", "sd14", "SD-1.4, LLaMA (TA)", dict(GenEval=.4854, CB=.3807, HPSv2=27.25, PickScore=21.36)),
+    ("Table 3a", "sd14", "SD-1.4, LLaMA (AQ)", dict(GenEval=.4758, CB=.3616, HPSv2=27.51, PickScore=21.39)),
+    ("Table 3b", "sd14", "SD-1.4, Rand-positive", dict(GenEval=.4866, CB=.3763)),
+    ("Table 3b", "sd14", "SD-1.4, Not-paired", dict(GenEval=.4891, CB=.3842)),
+    # the rows that only the second version has: the project page dohyun-as/DDSPO, index.html @e5281b4
+    ("version 2", "sd14", "SD-1.4 + DSPO", dict(GenEval=.4841, CB=.3793, FID=18.28, IS=35.87)),
+    ("version 2", "sd14", "SD-1.4 + DSPO with policy pairs", dict(GenEval=.4978, CB=.3854, FID=17.12, IS=37.47)),
+    ("version 2", "sd3", "SD3-M", dict(GenEval=.7123, CB=.5155)),
+    ("version 2", "sd3", "SD3-M + DDSPO", dict(GenEval=.7384, CB=.5740)),
+    ("version 2", "sd15", "SD-1.5 + SPO", dict(HPSv2=27.50, PickScore=21.41)),
+    ("version 2", "sd15", "SD-1.5 + DDSPO on Pick-a-Pic", dict(HPSv2=27.60, PickScore=21.50)),
+    ("version 2", "sdxl", "SDXL + MaPO", dict(HPSv2=28.22, PickScore=22.30)),
+    ("version 2", "sdxl", "SDXL + SPO", dict(HPSv2=29.21, PickScore=23.11)),
+    ("version 2", "sdxl", "SDXL + DDSPO on Pick-a-Pic", dict(HPSv2=29.09, PickScore=22.71))]
 NOTES = {
     "GenEval": "the official rules and detector; not yet run on the published SD-1.5 (expected 0.43).",
     "GenEval, lenient": "the same with the position rule of the paper's authors, to which its numbers belong.",
-    "CB": "complex as the authors run it, without the official `--complex True`; noun phrases by the installed spaCy "
-          "(scores/blip/settings.json has its version), where T2I-CompBench used 3.5.",
+    "CB": "complex as the authors run it, without the official `--complex True`; noun phrases by spaCy 3.8, where "
+          "T2I-CompBench used 3.5.",
     "CB~": "with OWLv2 in place of UniDet in spatial~ and complex~: no T2I-CompBench scores. For CB, run the official "
            "UniDet_eval/2D_spatial_eval.py --outpath on compbench/spatial and compbench/complex, and `table` again.",
     "HPSv2": "version 2.0, tensors resized without antialias, as torchvision did before 0.17; in float32.",
-    "FID": "30,000 images by BK-SDM's protocol, without an interval: it is no mean over prompts."}
+    "HPSv2.1": "the same network with the weights of version 2.1, on another scale than the paper's numbers.",
+    "FID": "30,000 images by BK-SDM's protocol, without an interval: it is no mean over prompts.",
+    "GenEval 2 AM": "Soft-TIFA, none of the paper's. It changes by a factor of two with guidance and steps: compare "
+                    "runs of equal guidance, steps, pixels and seed, which stand below."}
+BRACKETS = "In brackets: 95 % intervals from resampling prompts; differences are paired."
 
 
 def bench_of(metric):
@@ -120,7 +68,7 @@ def bench_of(metric):
 
 
 def to_markdown(rows, paper):
-    """The lines of two Markdown tables, of the metrics that the paper has too and of their parts, and their notes."""
+    """Two Markdown tables, of the columns and of their parts, and their notes, as a text."""
     metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
     columns = [metric for metric in COLUMNS if metric in metrics or (metric == "CB" and "CB~" in metrics)]
     rest = [metric for metric in metrics if metric not in columns]
@@ -132,36 +80,35 @@ def to_markdown(rows, paper):
     def text(metric, row):
         if metric not in row:
             return ""
-        digits, x = 2 if bench_of(metric) in ("coco", "hps", "pick") else 4, row[metric]
+        digits, x = 2 if bench_of(metric) in ("coco", "hps", "pick", "geneval2") else 4, row[metric]
         return f"{x['mean']:.{digits}f}" + (f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" if "low" in x else "")
 
-    def table(heads, lines):
-        return ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads),
-                *[f"| {name} | " + " | ".join(cells) + " |" for name, cells in lines], ""]
-
-    lines = table([head(metric) for metric in columns], [
-        (name, [text(metric, row) for metric in columns])
-        for name, row in (rows | paper).items() if row.keys() & set(columns)])
+    parts = [markdown_table(["", *map(head, columns)], [
+        (name, *[text(metric, row) for metric in columns])
+        for name, row in (rows | paper).items() if row.keys() & set(columns)])]
     if rest:
-        lines += table(rows, [(head(metric), [text(metric, row) for row in rows.values()]) for metric in rest])
-    lines += ["In brackets: 95 % intervals from resampling prompts; differences are paired.", ""]
-    return lines + [f"- ({k + 1}) {metric}: {NOTES[metric]}" for k, metric in enumerate(notes)]
+        parts.append(markdown_table(["", *rows], [
+            (metric, *[text(metric, row) for row in rows.values()]) for metric in rest]))
+    parts.append(BRACKETS)
+    return "\n\n".join(parts) + "\n\n" + "\n".join(
+        f"- ({k + 1}) {metric}: {NOTES[metric]}" for k, metric in enumerate(notes))
 
 
 def collect(run, benchmarks):
     """{metric: {group: (prompts,)}, or a number for FID and IS} of all that has been scored. A metric is the mean over
     its groups of their means: GenEval's overall score, and the CB of the paper."""
-    scores, found = {}, {}
+    scores, found = dict.fromkeys(VALUES, {}), {}
     for count, _, judges in benchmarks.values():
-        for name, (groups, _) in judges.items():
-            scores[name] = read_scores(run, name)
+        for name, (groups, *_) in judges.items():
+            scores[name] = read_scores(run, name) if name in VALUES else {}
             whole = count * len(groups) // len(compbench.CATEGORIES) if groups else count
             if scores[name] and len(scores[name]) != whole:
                 raise UserError(f"{run}/scores/{name}.jsonl has {len(scores[name])} of {whole} images: give the "
                                 "command of score again, or delete that file.")
     for metric, name, key in (
             ("GenEval", "geneval", "correct"), ("GenEval, lenient", "geneval", "lenient"),
-            ("shapes", "shapes", "correct"), ("HPSv2", "hps", "value"), ("PickScore", "pick", "value")):
+            ("shapes", "shapes", "correct"), ("HPSv2", "hps", "value"), ("HPSv2.1", "hps21", "value"),
+            ("PickScore", "pick", "value")):
         if scores[name]:
             found[metric] = per_prompt(scores[name].values(), key)
     official = compbench.official_spatial(run)
@@ -175,7 +122,13 @@ def collect(run, benchmarks):
     if scores["geneval"]:
         blank = [row | dict(value=row["details"] == "{}") for row in scores["geneval"].values()]
         found["GenEval: nothing detected"] = per_prompt(blank)
-    return found | {key: value for key, value in read_coco(run).items() if key != "images"}
+    if scores["geneval2"]:
+        in_order = sorted(scores["geneval2"].values(), key=lambda row: row["index"])
+        am, gm, skills, atoms = geneval2.geneval2_values(in_order)
+        named = {"AM": am, "GM": gm} | {f"AM: {skill}": x for skill, x in skills.items()}
+        named |= {f"GM: {count} atoms": x for count, x in atoms.items()}
+        found |= {f"GenEval 2 {name}": dict(all=x) for name, x in named.items()}
+    return found | read_coco(run)
 
 
 def cell(value):
@@ -197,7 +150,7 @@ def compare(run, first, found, settings, judges):
             f"{key} ({settings[run][key]}, not {settings[first][key]})" for key in other))
     changed = [name for name, judge in judges[run].items() if judge != judges[first].get(name, judge)]
     if changed:
-        remarks.append(f"{run} and {first} were judged by other versions of {', '.join(changed)}: see "
+        remarks.append(f"{run} and {first} were judged by other weights of {', '.join(changed)}: see "
                        "scores/*/settings.json")
     if not paired:
         remarks.append(f"{run} and {first} share no benchmark with the same seeds and prompts: no differences.")
@@ -209,12 +162,15 @@ def make_table(runs, benchmarks):
     settings, judges, found, rows, remarks = {}, {}, {}, {}, []
     for run in runs:
         settings[run], judges[run] = read_settings(os.path.join(run, "settings.json")), {}
+        found[run] = collect(run, benchmarks)
         for bench in settings[run]["lists"]:
             for name in benchmarks[bench][2]:
-                folder = os.path.join(run, "scores", name)
-                if os.path.exists(os.path.join(folder, "settings.json")):
-                    judges[run][name] = note_scores(folder, settings[run], bench)
-        found[run] = collect(run, benchmarks)
+                scores = list(read_scores(run, name).values()) if name in VALUES else []
+                if scores or name not in VALUES and read_coco(run):
+                    judges[run][name] = note_scores(run, name, settings[run], bench, scores)["judge"]
+                gone = [row["path"] for row in scores if not os.path.exists(os.path.join(run, row["path"]))]
+                remarks += [f"{run}: {len(gone)} of {len(scores)} images that {name} judged are no longer there, first "
+                            f"{gone[0]}"] if gone else []
         rows[run] = {metric: cell(value) for metric, value in found[run].items()}
         rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in found[run] if ":" not in metric}
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
@@ -227,8 +183,25 @@ def make_table(runs, benchmarks):
             rows[f"{run} − {runs[0]}"] = {metric: cell(value) for metric, value in paired.items()}
     remarks += [f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
                                        if value is not None and key != "lists") for run in runs]
-    paper = {f"paper, Table {number}: {row}": {  # the paper's GenEval is by the lenient rule
+    paper = {f"paper, {source}: {row}": {  # the paper's GenEval is by the lenient rule
         "GenEval, lenient" if metric == "GenEval" else metric: dict(mean=x) for metric, x in values.items()}
-        for number, preset, row, values in PAPER if preset in {one["base"] for one in settings.values()}}
-    text = "\n".join([*to_markdown(rows, paper), *[f"- {line}" for line in remarks]])
+        for source, preset, row, values in PAPER if preset in {one["base"] for one in settings.values()}}
+    text = "\n".join([to_markdown(rows, paper), *[f"- {line}" for line in remarks]])
     return text, dict(runs=rows, paper=paper, notes=NOTES, remarks=remarks, settings=settings)
+
+
+def in_a_line(run, name):
+    """What a judge found in a run."""
+    if name == "coco":
+        found = read_coco(run)
+        return f"FID {found['FID']:.2f}, IS {found['IS']:.2f}"
+    key = next(iter(VALUES[name]))
+    found = interval(per_prompt(read_scores(run, name).values(), key))
+    return f"{name} {found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+
+
+def is_table(path):
+    """Whether a file is one that `table` writes, and may write anew."""
+    with open(path, "rb") as file:
+        content = file.read()
+    return (BRACKETS.encode() if path.lower().endswith(".md") else b'{\n "runs": {') in content

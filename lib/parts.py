@@ -12,7 +12,7 @@ import diffusers
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 
@@ -61,15 +61,19 @@ def download(path, variant):
         return diffusers.DiffusionPipeline.download(path, variant=variant, use_safetensors=True,
                                                     local_files_only=not online, **WITHOUT)
     except (OSError, ValueError) as error:
-        cause = error.__cause__ or error  # diffusers' own sentence speaks of a stack trace
+        # what diffusers itself says of the hub's errors speaks of a stack trace
+        cause = error if isinstance(error, HfHubHTTPError) or not error.__cause__ else error.__cause__
+        first, only = str(cause).strip().splitlines()[0], re.search(r"\.(\w+)(-\d+-of-\d+)?\.safetensors'", str(cause))
         if isinstance(cause, GatedRepoError):
             why = f"access to it is restricted: ask for it at https://huggingface.co/{path}, then hf auth login."
         elif isinstance(cause, RepositoryNotFoundError):
             why = "the hub has no such model, or it is private (hf auth login)."
-        elif online:
-            why = f"the hub says: {str(cause).strip().splitlines()[0]}"
-        else:
+        elif not online:
             why = f"the hub could not be reached, and the cache has no whole {path}."
+        elif only and not variant:
+            why = f"it has only weights of the variant {only[1]}: give {path}@{only[1]}."
+        else:
+            why = f"the hub says: {first}"
         raise UserError(why) from None
 
 
@@ -123,7 +127,7 @@ def check_files(what, path, files):
     variants = [re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name) for name in sorted(os.listdir(path))]
     if not files and any(variants):
         name = next(found[1] for found in variants if found)
-        raise UserError(f"{what} has only weights of the variant {name}: give the model as --model NAME@{name}.")
+        raise UserError(f"{what} has only weights of the variant {name}: give the model's name as NAME@{name}.")
     for file in filter(os.path.isfile, files):
         with open(file, "rb") as start:
             if start.read(12) == b"version http":
@@ -185,3 +189,23 @@ def put_adapter(pipe, folder, name, flag=""):
     up = [x for key, x in used.items() if ".lora_B." in key]
     if up and not any(x.any() for x in up):
         raise UserError(f"{what}all of its lora_B are 0, so that it changes nothing.")
+
+
+def replace_unet(model, name):
+    """Puts in a U-Net that is published alone: a hub id or a folder, with or without a subfolder `unet`."""
+    files = ["config.json", "diffusion_pytorch_model*.safetensors*"]
+    with naming(f"--unet {name}"):
+        folder = name if os.path.isdir(name) else huggingface_hub.snapshot_download(
+            name, allow_patterns=[*files, *["unet/" + file for file in files], "scheduler/*.json"])
+        inside = os.path.join(folder, "unet")
+        path = inside if os.path.isdir(inside) else os.path.abspath(folder)
+        net = load_part(*os.path.split(path), "diffusers", "UNet2DConditionModel", model.dtype)
+        scheduler = os.path.join(os.path.dirname(path), "scheduler", "scheduler_config.json")
+        predicts = read_json(scheduler).get("prediction_type", "epsilon") if os.path.isfile(scheduler) else None
+    kinds = [(key, net.config[key], model.net.config.get(key))
+             for key in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")]
+    for key, found, wanted in [*kinds, ("prediction_type", predicts or model.prediction_type, model.prediction_type)]:
+        if found != wanted:
+            raise UserError(f"--unet {name} is of another kind than the model: its {key} is {found}, not {wanted}.")
+    model.net = model.pipe.unet = net.to(model.device)
+    model.unet_files = weight_files(*os.path.split(path))

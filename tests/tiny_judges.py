@@ -9,6 +9,7 @@ import numpy as np
 import tiny_models
 import torch
 import transformers
+from tokenizers.pre_tokenizers import ByteLevel
 
 NAMES = [{47: "red cup", 78: "dog"}.get(i, f"thing {i}") for i in range(80)]  # both are what the detector below says
 
@@ -146,6 +147,27 @@ def blip():
     return net, state
 
 
+def qwen(folder):
+    """Qwen3-VL with a tokenizer that knows single bytes only, and an image processor that keeps images of 64 x 64."""
+    torch.manual_seed(6)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    vocabulary = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], pad_token=special[0], eos_token=special[2], unk_token=None,
+                                            additional_special_tokens=special)
+    text = dict(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=16, initializer_range=0.3, pad_token_id=vocabulary[special[0]],
+                rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[4, 2, 2], mrope_interleaved=True))
+    vision = dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, patch_size=16, out_hidden_size=32,
+                  num_position_embeddings=16, deepstack_visual_indexes=[0], initializer_range=0.3)
+    ids = {f"{name}_token_id": vocabulary[token] for name, token in
+           zip(("vision_start", "vision_end", "image", "video"), special[3:])}
+    net = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformers.Qwen2VLImageProcessorPil(patch_size=16, size=dict(shortest_edge=32 * 32, longest_edge=128 * 128), image_mean=[0.5] * 3,
+                                          image_std=[0.5] * 3).save_pretrained(folder)
+
+
 def bert_tokenizer(folder):
     """As bert-base-uncased: [PAD] 0, [UNK] 100, [CLS] 101, [SEP] 102; words of one letter from 1000 on."""
     words = ["[PAD]", *[f"[unused{i}]" for i in range(99)], "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -197,7 +219,8 @@ class Parse(list):
 
 def lists(folder, small=True):
     """Writes lists of prompts of the benchmarks' own form: short ones, or of the official length."""
-    n = dict(geneval=2, compbench=2, coco=12, hps=3, pick=4) if small else dict(geneval=None, compbench=300, coco=30000, hps=800, pick=1632)
+    n = dict(geneval=2, compbench=2, coco=12, hps=3, pick=4, geneval2=20) if small else dict(
+        geneval=None, compbench=300, coco=30000, hps=800, pick=1632, geneval2=800)
     tags = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     sizes = [n["geneval"]] * 6 if small else [80, 99, 80, 94, 100, 100]
     dog, cup = dict({"class": "dog"}, count=1), dict({"class": "red cup"}, count=1)
@@ -208,6 +231,11 @@ def lists(folder, small=True):
              "geneval/object_names.txt": "\n".join(NAMES) + "\n",
              "coco/metadata.csv": "file_name,text\n" + "".join(f'COCO_val2014_{i:012d}.jpg,"A dog, number {i}"\n' for i in reversed(range(n["coco"]))),
              "pick/PartiPrompts.tsv": "Prompt\tCategory\n" + "".join(f'"G {i}" by a dog\tArts\n' for i in range(n["pick"]))}
+    questions = [["How many dogs are in the image?", "two"], ["Are there any dogs in the image?", "Yes"],
+                 ["Are the dogs chasing the cups?", "Yes"], ["Are the dogs red?", "Yes"]]
+    skills = ["count", "object", "verb", "attribute"]
+    files["geneval2/geneval2_data.jsonl"] = "".join(json.dumps(dict(
+        prompt=f"two dogs {i}", atom_count=3 + i % 2, vqa_list=questions[:3 + i % 2], skills=skills[:3 + i % 2])) + "\n" for i in range(n["geneval2"]))
     for category in ("color", "shape", "texture", "spatial", "non_spatial", "complex"):
         prompts = [f"a dog and a dog next to the cup {i}." for i in range(n["compbench"])]
         prompts[-1] = prompts[0]  # color_val.txt has the same prompt twice
@@ -223,7 +251,8 @@ def lists(folder, small=True):
     rng = np.random.default_rng(0)
     features = rng.standard_normal((50, 4))
     np.savez(os.path.join(folder, "coco/real_im256.npz"), mu=features.mean(0), sigma=np.cov(features.T))
-    return dict(geneval=4 * len(rows), compbench=60 * n["compbench"], coco=n["coco"], hps=4 * n["hps"], pick=n["pick"], shapes=4)
+    return dict(geneval=4 * len(rows), compbench=60 * n["compbench"], coco=n["coco"], hps=4 * n["hps"], pick=n["pick"], geneval2=n["geneval2"],
+                shapes=4)
 
 
 def golden(name):
