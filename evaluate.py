@@ -25,20 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from judges import compbench, fid, geneval, geneval2, preference, shapes
-from judges.shared import (
-    OF_THE_LIST,
-    add_lists,
-    adopt,
-    is_there,
-    list_checksum,
-    note_scores,
-    open_image,
-    read_coco,
-    read_scores,
-    read_settings,
-    settings_of,
-)
+from judges import compbench, fid, geneval, geneval2, preference, shapes, shared
 from judges.table import in_a_line, is_table, make_table
 from lib import models, plots
 from lib.files import UserError, same_settings, to_lines, write_file
@@ -86,9 +73,8 @@ def generate(args):
         rows = {bench: list_images(bench, args.data) for bench in args.bench}
         model = load_model(args.model, args, device, args.unet)
         if rank == 0:
-            path = os.path.join(args.out, "settings.json")
-            same_settings(path, *settings_of(model, args))
-            add_lists(path, rows)
+            same_settings(os.path.join(args.out, "settings.json"), *shared.settings_of(model, args))
+            shared.add_lists(args.out, rows)
         barrier()  # no process writes an image before the first one has found that it belongs here
         for bench in rows:
             write_images(bench, rows[bench], model, args, rank, world)
@@ -110,7 +96,7 @@ def write_images(bench, rows, model, args, rank, world):
         for start in tqdm(range(0, len(rows), args.batch_size)[rank::world], f"generate {bench}", disable=rank > 0):
             batch = rows[start:start + args.batch_size]
             paths = [os.path.join(args.out, row["path"]) for row in batch]
-            if not all(map(is_there, paths)):
+            if not all(map(shared.is_there, paths)):
                 seeds = range(args.seed + start, args.seed + start + len(batch))
                 images = sample_images(model, [row["prompt"] for row in batch], seeds, model.steps, model.guidance)
                 list(writing)  # waits for the batch before, and raises its error
@@ -142,7 +128,7 @@ def sample_images(model, prompts, seeds, steps, guidance):
 def save_image(image, path):
     """Writes a PNG or JPEG file (Pillow's quality 75), whole or not at all, if there is none. BK-SDM's protocol: a COCO
     image is written as JPEG into im512, read again, resized to 256 x 256 (bicubic) and written as JPEG into im256."""
-    if is_there(path):
+    if shared.is_there(path):
         return
     folder, name = os.path.split(path)
     if os.path.basename(folder) == "im256":
@@ -158,7 +144,7 @@ def save_image(image, path):
 
 
 def score(args):
-    """Judges all images of the runs that have no score yet; a missing image is an error. A process of several takes its
+    """Judges all images of the runs that have no score yet: a missing image is an error. A process of several takes its
     share of the judges."""
     rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
@@ -166,15 +152,14 @@ def score(args):
     with contextlib.ExitStack() as locks:
         for run, bench, name, rows in tasks:
             locks.enter_context(holding(os.path.join(run, "scores", name)))
-            settings = read_settings(os.path.join(run, "settings.json"))
-            note_scores(run, name, settings, bench, rows, BENCHMARKS[bench][2][name][2])
-        left = [without_score(run, name, rows) for run, _, name, rows in tasks]
-        loaders = {name: BENCHMARKS[bench][2][name][1] for (_, bench, name, _), paths in zip(tasks, left) if paths}
+            shared.note_scores(run, name, bench, rows, BENCHMARKS[bench][2][name][2])
+        loaders = {name: BENCHMARKS[bench][2][name][1] for run, bench, name, rows in tasks
+                   if without_score(run, name, rows)}
         for load in list(loaders.values())[1:]:  # load every judge once: what is missing is an error now, not in hours
             load(device, args.data)
-        for (run, _, name, rows), paths in zip(tasks, left):
-            if paths:
-                write_scores(run, name, rows, paths, loaders[name](device, args.data), args)
+        for run, _, name, rows in tasks:
+            if without_score(run, name, rows):
+                write_scores(run, name, rows, loaders[name](device, args.data), args)
             print(f"{run}: {in_a_line(run, name)}")
     if rank == 0:
         print(f"wrote {', '.join(os.path.join(run, 'scores') for run in runs)}. Next:\n"
@@ -184,20 +169,20 @@ def score(args):
 def find_tasks(run, args):
     """Yields (run, benchmark, name, rows) for each judge of a run: the name of its scores, and the images that it
     judges. Raises UserError if some are missing."""
-    path, asked = os.path.join(run, "settings.json"), args.bench
+    asked = args.bench
     if args.foreign:
         asked = asked or [bench for bench in BENCHMARKS if os.path.isdir(os.path.join(run, bench))]
         if not asked:
             raise UserError(f"{run} has none of the folders {', '.join(BENCHMARKS)}: --foreign looks for images where "
                             "evaluate.py generate would write them.")
-        adopt(path, {bench: list_images(bench, args.data) for bench in asked})
-    settings = read_settings(path)
+        shared.adopt(run, {bench: list_images(bench, args.data) for bench in asked})
+    settings = shared.read_settings(run)
     for bench in asked or settings["lists"]:
         rows = list_images(bench, args.data)
-        if settings["lists"].get(bench) != list_checksum(rows):
+        if settings["lists"].get(bench) != shared.list_checksum(rows):
             raise UserError(f"{run} holds no images of {bench} from the prompts in {args.data}: make them by "
                             f"evaluate.py generate --bench {bench}.")
-        missing = [row["path"] for row in rows if not is_there(os.path.join(run, row["path"]))]
+        missing = [row["path"] for row in rows if not shared.is_there(os.path.join(run, row["path"]))]
         if missing:
             raise UserError(f"{len(missing)} of {len(rows)} images of {bench} are missing in {run}, first "
                             f"{missing[0]}: " + ("put them there." if settings["checksum"] == "unknown" else
@@ -208,44 +193,44 @@ def find_tasks(run, args):
 
 
 def without_score(run, name, rows):
-    """The paths of those images that a judge has not judged; FID and IS are of all or none."""
-    known = [row["path"] for row in rows] if name == "coco" and read_coco(run) else read_scores(run, name)
-    return {row["path"] for row in rows} - set(known)
+    """The paths of the images that a judge has not judged. FID and IS are of all images, or of none."""
+    if name == "coco":
+        return set() if shared.read_coco(run) else {row["path"] for row in rows}
+    return {row["path"] for row in rows} - shared.read_scores(run, name).keys()
 
 
-def judged(run, name, rows, paths, judge, args):
-    """Yields (row, what the judge found) for each image of `paths`. A batch is judged whole even where only some of its
-    images have no score, so that a score does not depend on a stop. Threads open a batch while the one before it is
-    judged."""
-    pixels = 256 if name == "coco" else read_settings(os.path.join(run, "settings.json"))["pixels"]
+def write_scores(run, name, rows, judge, args):
+    """Writes scores/`name`.jsonl, a line an image, and goes on after the last whole line that is there; or
+    scores/coco.json, once all images have been seen. A batch is judged whole even where only some of its images have no
+    score, so that a score does not depend on a stop."""
+    path, left = os.path.join(run, "scores", name + ".jsonl"), without_score(run, name, rows)
     batches = [rows[i:i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-    batches = [batch for batch in batches if not paths.isdisjoint(row["path"] for row in batch)]
+    batches = [batch for batch in batches if not left.isdisjoint(row["path"] for row in batch)]
+    found = judged(run, name, batches, judge)
+    if name == "coco":
+        write_file(path.removesuffix("l"), json.dumps(fid.summary([x for _, x in found], args.data)) + "\n")
+        return
+    done = shared.read_scores(run, name)
+    write_file(path, to_lines(done[row["path"]] for row in rows if row["path"] in done))  # without an unfinished line
+    with open(path, "a", encoding="utf-8") as file:
+        for row, x in found:
+            if row["path"] in left:
+                file.write(to_lines([{key: row[key] for key in shared.OF_THE_LIST if key in row} | x]))
+                file.flush()
+
+
+def judged(run, name, batches, judge):
+    """Yields (row, what the judge found) for each image. Threads open a batch while the one before it is judged."""
+    pixels = 256 if name == "coco" else shared.read_settings(run)["pixels"]
 
     def read(row):
-        return open_image(os.path.join(run, row["path"]), pixels)
+        return shared.open_image(os.path.join(run, row["path"]), pixels)
 
     with ThreadPoolExecutor(THREADS) as pool:
         coming = pool.map(read, batches[0])
         for batch, following in zip(tqdm(batches, f"score {run}: {name}"), [*batches[1:], ()]):
             images, coming = list(coming), pool.map(read, following)
-            for row, found in zip(batch, judge(batch, images)):
-                if row["path"] in paths:
-                    yield row, found
-
-
-def write_scores(run, name, rows, paths, judge, args):
-    """Writes scores/`name`.jsonl, a line an image, and goes on after the last whole line that is there; or
-    scores/coco.json, once all images have been seen."""
-    path = os.path.join(run, "scores", name + ".jsonl")
-    if name == "coco":
-        found = fid.summary([found for _, found in judged(run, name, rows, paths, judge, args)], args.data)
-        return write_file(path.removesuffix("l"), json.dumps(found) + "\n")
-    done = read_scores(run, name)
-    write_file(path, to_lines(done[row["path"]] for row in rows if row["path"] in done))  # without an unfinished line
-    with open(path, "a", encoding="utf-8") as file:
-        for row, found in judged(run, name, rows, paths, judge, args):
-            file.write(to_lines([{key: row[key] for key in OF_THE_LIST if key in row} | found]))
-            file.flush()
+            yield from zip(batch, judge(batch, images))
 
 
 # ---- table and grid
@@ -254,6 +239,8 @@ def write_scores(run, name, rows, paths, judge, args):
 def table(args):
     """Prints the runs beside each other and beside the paper's rows, and writes the same to --out and as JSON."""
     path = os.path.splitext(args.out)[0] + ".json"
+    if not args.out.lower().endswith(".md"):
+        raise UserError(f"--out {args.out} must be the name of a file to write that ends in .md.")
     if not all(is_table(file) for file in (args.out, path) if os.path.exists(file)):
         raise UserError(f"{args.out} or {path} is there, and is no table of this program: give another --out.")
     text, whole = make_table(list(dict.fromkeys(map(os.path.normpath, args.runs))), BENCHMARKS)
@@ -264,10 +251,10 @@ def table(args):
 
 def grid(args):
     """Writes Fig. 3 for the first --rows prompts: a row a prompt, a column a model, the same x_T all along a row."""
+    plots.try_path(args.out)
     prompts = [prompt for _, _, prompt in read_prompts(args.prompts) if prompt][:args.rows]
     if not prompts:
         raise UserError(f"{args.prompts} has no prompts in it.")
-    plots.try_path(args.out)
     if os.path.exists(args.out) and "Matplotlib" not in Image.open(args.out).info.get("Software", ""):
         raise UserError(f"{args.out} is there, and is no picture of this program: give another --out.")
     columns, device = [], torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -287,17 +274,14 @@ def grid(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
-
-    def command(run, text):
-        found = commands.add_parser(run.__name__, help=text, allow_abbrev=False)
-        found.set_defaults(run=run)
-        return found
-
-    make = command(generate, "all images of the benchmarks")
+    parsers = []
+    for run in (generate, score, table, grid):
+        parsers.append(commands.add_parser(run.__name__, help=run.__doc__.split(":")[0], allow_abbrev=False))
+        parsers[-1].set_defaults(run=run)
+    make, judge, tell, show = parsers
     make.add_argument("--model", required=True, help="a preset, hub id, diffusers folder or folder of a LoRA")
     make.add_argument("--out", required=True, help="the folder of this model's images")
     make.add_argument("--unet", help="a U-Net published alone, in place of the model's: a hub id or folder")
-    judge = command(score, "judges the images")
     judge.add_argument("runs", nargs="+", help="folders that generate made")
     judge.add_argument("--batch-size", type=at_least(1), default=20, help="images judged at once (default: 20, guess)")
     judge.add_argument("--foreign", action="store_true", help="the images were made elsewhere, in generate's layout")
@@ -305,10 +289,8 @@ def main(argv=None):
         sub.add_argument("--bench", nargs="+", choices=BENCHMARKS, default=default, help=f"(default: {text})")
         sub.add_argument("--data", default="benchmarks", help="where the lists of prompts are kept, fetched if need be "
                          "(default: %(default)s)")
-    tell = command(table, "means, intervals and differences, beside the paper's")
     tell.add_argument("runs", nargs="+", help="folders that score has scored; differences are to the first")
     tell.add_argument("--out", default="table.md", help="(default: %(default)s)")
-    show = command(grid, "Fig. 3: the same prompts and seeds, a column a model")
     show.add_argument("--models", nargs="+", required=True, help="presets, hub ids, diffusers or LoRA folders")
     show.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")
     show.add_argument("--out", default="grid.png", help="(default: %(default)s)")
@@ -322,9 +304,6 @@ def main(argv=None):
                          help="images sampled at once (default: %(default)s, guess)")
         sub.add_argument("--seed", type=at_least(0), default=seed, help=f"of image 0 (default {seed}; authors' 42)")
     args = parser.parse_args(argv)
-    suffix = {table: ".md", grid: ".png"}.get(args.run)
-    if suffix and not args.out.lower().endswith(suffix):
-        raise UserError(f"--out {args.out} must be the name of a file to write that ends in {suffix}.")
     if (args.run in (grid, table) or getattr(args, "foreign", False)) and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"{args.run.__name__} runs in one process here: start it with python, not with torchrun.")
     args.run(args)

@@ -56,7 +56,8 @@ def list_checksum(rows):
                                      for row in sorted(rows, key=lambda row: row["path"])]))
 
 
-def read_settings(path):
+def read_settings(run):
+    path = os.path.join(run, "settings.json")
     found = read_json(path) if os.path.isfile(path) else {}
     if not isinstance(found, dict) or not {*FIXED, "base"} <= found.keys() or not isinstance(found.get("lists"), dict):
         raise UserError(f"cannot read {path}: it does not exist, or evaluate.py generate did not write it. Give a "
@@ -79,24 +80,23 @@ def settings_of(model, args):
                        versions=f"torch {torch.__version__}, diffusers {diffusers.__version__}")
 
 
-def add_lists(path, lists):
+def add_lists(run, lists):
     """Notes in settings.json from which prompts the images of these benchmarks are made: {benchmark: its rows}."""
-    found = read_settings(path)
+    found = read_settings(run)
     for bench, rows in lists.items():
         if found["lists"].setdefault(bench, list_checksum(rows)) != list_checksum(rows):
-            raise UserError(f"{path} is of images from other prompts of {bench}: give another folder.")
-    write_file(path, json.dumps(found, indent=1) + "\n")
+            raise UserError(f"{run} has images from other prompts of {bench}: give another folder.")
+    write_file(os.path.join(run, "settings.json"), json.dumps(found, indent=1) + "\n")
 
 
-def adopt(path, lists):
-    """Writes or completes the settings.json of a folder of images that were made elsewhere."""
+def adopt(run, lists):
+    """Writes or completes the settings.json of images that were made elsewhere."""
+    path = os.path.join(run, "settings.json")
     if not os.path.exists(path):
-        unknown = dict.fromkeys((*FIXED, "model", "base", "versions"), "unknown")
-        write_file(path, json.dumps(unknown | dict(lists={})))
-    if read_settings(path)["checksum"] != "unknown":
-        raise UserError(f"--foreign: the images in {os.path.dirname(path)} were made by evaluate.py generate. Score "
-                        "them without it.")
-    add_lists(path, lists)
+        write_file(path, json.dumps(dict.fromkeys((*FIXED, "model", "base", "versions"), "unknown") | dict(lists={})))
+    if read_settings(run)["checksum"] != "unknown":
+        raise UserError(f"--foreign: the images in {run} were made by evaluate.py generate. Score them without it.")
+    add_lists(run, lists)
 
 
 def read_scores(run, name):
@@ -130,11 +130,11 @@ def read_coco(run):
     return found
 
 
-def note_scores(run, name, settings, bench, rows, judge=None):
-    """Notes of which images a judge's scores are: made with these `settings` from these `rows` of a list; and which
-    weights the `judge` has. Without `judge` the note must be there. Raises UserError if it says otherwise, or if an
-    image's prompt or place in the scores is not the list's. Returns the note."""
-    folder = os.path.join(run, "scores", name)
+def note_scores(run, name, bench, rows, judge=None):
+    """Notes of which images a judge's scores are, those of these `rows` of a list, and which weights the `judge` has.
+    Without `judge` the note must be there. Raises UserError if it says otherwise, or if an image's prompt or place in
+    the scores is not the list's. Returns the note."""
+    folder, settings = os.path.join(run, "scores", name), read_settings(run)
     path = os.path.join(folder, "settings.json")
     try:
         if not judge and not os.path.exists(path):

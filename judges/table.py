@@ -161,13 +161,13 @@ def make_table(runs, benchmarks):
     """(the lines of the table as a text, all that is in it as a dict)."""
     settings, judges, found, rows, remarks = {}, {}, {}, {}, []
     for run in runs:
-        settings[run], judges[run] = read_settings(os.path.join(run, "settings.json")), {}
+        settings[run], judges[run] = read_settings(run), {}
         found[run] = collect(run, benchmarks)
         for bench in settings[run]["lists"]:
             for name in benchmarks[bench][2]:
                 scores = list(read_scores(run, name).values()) if name in VALUES else []
                 if scores or name not in VALUES and read_coco(run):
-                    judges[run][name] = note_scores(run, name, settings[run], bench, scores)["judge"]
+                    judges[run][name] = note_scores(run, name, bench, scores)["judge"]
                 gone = [row["path"] for row in scores if not os.path.exists(os.path.join(run, row["path"]))]
                 remarks += [f"{run}: {len(gone)} of {len(scores)} images that {name} judged are no longer there, first "
                             f"{gone[0]}"] if gone else []

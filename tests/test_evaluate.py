@@ -745,8 +745,8 @@ PROMPTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "examples", "
 
 @pytest.mark.parametrize("flags, message", [
     (["grid", "--prompts", "none.txt"], "there is no file none.txt"),
-    (["grid", "--prompts", __file__, "--out", "."], "--out . must be the name of a file to write that ends in .png"),
-    (["grid", "--prompts", __file__, "--out", "x.jpg"], "--out x.jpg must be the name of a file to write that ends in .png"),
+    (["grid", "--prompts", __file__, "--out", "."], "'.' must be the name of a picture to write, a file that ends in .png"),
+    (["grid", "--prompts", __file__, "--out", "x.jpg"], "'x.jpg' must be the name of a picture to write, a file that ends in .png"),
     (["grid", "--prompts", PROMPTS, "--out", os.devnull + "/x.png"], "File exists: '/dev/null'"),
     (["grid", "--prompts", __file__], "test_evaluate.py: the prompts must be a .txt, .jsonl, .csv or .parquet file"),
     (["grid", "--prompts", PROMPTS, "--steps", "1001"], "argument --steps: must be 1000 or less, not 1001"),
