@@ -48,11 +48,7 @@ METHODS = shapes.METHODS | {
     "Rand-positive": [*shapes.METHODS["DDSPO"], "--negatives", "rand-positive"],  # Table 3b: DDSPO without made losers
     "Not-paired": [*shapes.METHODS["DDSPO"], "--negatives", "not-paired"],
     "Distilled, no prompt": ["--objective", "distill", "--scale", 2, "--lr", 3e-5]}  # plain guidance: c_minus is empty
-GRID = {  # of `settings`: {flag: values}, for each method that is chosen by itself
-    "D-DPO": {"--beta": (250, 1000, 4000), "--lr": (1e-5, 3e-5, 1e-4)},
-    "DDSPO": {"--beta": (250, 1000, 4000), "--lr": (1e-5, 3e-5, 1e-4)},
-    "Distilled": {"--scale": (1.5, 2, 3), "--lr": (1e-5, 3e-5, 1e-4)},
-    "Distilled, no prompt": {"--scale": (1.5, 2, 3), "--lr": (1e-5, 3e-5, 1e-4)}}
+GRID, RATES = {"--beta": (250, 1000, 4000), "--scale": (1.5, 2, 3)}, (1e-5, 3e-5, 1e-4)  # of `settings`
 GRID_SEED, SEEDS, FULL_PAIRS = 100, (0, 1, 2), 1024
 CURVE = (1, 1.5, 2, 3, 4, 5, 7.5, 10)
 BEST_GUIDANCE = {"Reference": 5, "D-DPO": 4, "DDSPO": 3, "Distilled": 3, "Distilled, no prompt": 3}  # on GRID_SEED
@@ -101,16 +97,14 @@ def search_settings(home):
     """Every setting of GRID on GRID_SEED: the shares of prompts with everything right, and Fréchet distances. For each
     method's best setting, by the share at GUIDANCE in per cent and then by that at 1, the shares over CURVE."""
     stores, rows, best = stores_of(home, GRID_SEED), [], {"Reference": ((), home, "shapes")}
-    for method, values in GRID.items():
-        for setting in itertools.product(*values.values()):
-            place = os.path.join(home, "{:g}-{:g}".format(*setting))
-            kind = [] if method in ("D-DPO", "DDSPO") else ["--objective", "distill"]
-            kind = ["--objective", "diffusion-dpo"] if method == "D-DPO" else kind
-            flags = [*kind, *itertools.chain(*zip(values, setting))]
+    for method in [name for name in METHODS if name in BEST_GUIDANCE]:
+        *kind, flag, _, _, _ = METHODS[method]
+        for value, lr in itertools.product(GRID[flag], RATES):
+            place, flags = os.path.join(home, f"{value:g}-{lr:g}"), [*kind, flag, value, "--lr", lr]
             folder = tune(place, method, flags, stores[method], GRID_SEED)
             found = scores_at(place, method, folder, GRID_SEED, (1, GUIDANCE))
             shares = {g: np.mean(found[g]["correct"]) for g in found}
-            rows.append([method, *setting, *[f"{shares[g]:.3f}, {found[g]['frechet']:.2f}" for g in found]])
+            rows.append([method, value, lr, *[f"{shares[g]:.3f}, {found[g]['frechet']:.2f}" for g in found]])
             rank = round(shares[GUIDANCE], 2), shares[1]
             best[method] = max(best.get(method, ((), "", "")), (rank, place, folder))
     curves = []
@@ -301,23 +295,6 @@ def draw_front(runs, path):
     save_figure(figure, path)
 
 
-def draw_few_pairs(runs, path):
-    """Alignment against the number of pairs; `runs` {seed: what compare_variants gives}."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, g in zip(axes, (1, GUIDANCE)):
-        for (method, color), (losers, line) in itertools.product((("D-DPO", "C1"), ("DDSPO", "C2")),
-                                                                 (("", "-"), (", losers of other noise", ":"))):
-            shares = [mean_right(of_variant(runs, f"{n} pairs{losers}"), method, g) for n in FEW_PAIRS]
-            axis.plot(FEW_PAIRS, shares, line, marker=".", color=color, label=method + losers)
-        whole = of_variant(runs, f"{FULL_PAIRS} pairs")
-        axis.axhline(mean_right(whole, "Reference", g), color="grey", label="Reference")
-        axis.set(xscale="log", xticks=FEW_PAIRS, xticklabels=FEW_PAIRS, xlabel="pairs",
-                 ylabel="prompts with everything right", title=f"guidance {g:g}")
-        axis.minorticks_off()
-    axes[0].legend(fontsize=8)
-    save_figure(figure, path)
-
-
 PARTS = ("settings", "methods", "controls", "length", "variants")
 
 
@@ -351,9 +328,7 @@ def main(argv=None):
             texts["length"] = table_of_lengths(lengths)
             draw_lengths(lengths, runs, "figures/shapes-length.png")
         if "variants" in parts:
-            other = {seed: compare_variants(homes[seed], seed, runs[seed]) for seed in SEEDS}
-            texts["variants"] = table_of_variants(other)
-            draw_few_pairs(other, "figures/shapes-pairs.png")
+            texts["variants"] = table_of_variants({s: compare_variants(homes[s], s, runs[s]) for s in SEEDS})
         for part, text in texts.items():
             write_file(os.path.join(home, f"{part}.md"), text)
             print("\n" + text)

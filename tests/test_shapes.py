@@ -330,19 +330,21 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
         for k, g in enumerate((1, 3)):
             d_dpo, ddspo = (share(places[name] + method, g) for method in ("D-DPO", "DDSPO"))
             assert cells[3 * k:3 * k + 2] == [f"{d_dpo:.3f}", f"{ddspo:.3f}"] and cells[3 * k + 2].startswith(f"{ddspo - d_dpo:+.3f} [")
-    assert {path.name for path in (small / "figures").iterdir()} == {"shapes.png", "shapes-front.png", "shapes-length.png", "shapes-pairs.png"}
+    assert {path.name for path in (small / "figures").iterdir()} == {"shapes.png", "shapes-front.png", "shapes-length.png"}
 
 
 def test_settings_are_searched_by_the_share_at_guidance_3_in_per_cent_and_then_at_1(small, monkeypatch):
-    monkeypatch.setattr(full, "GRID", {"DDSPO": {"--beta": (1, 2), "--lr": (3,)}, "Distilled": {"--scale": (4,), "--lr": (5,)}})
-    shares = {"1-3/DDSPO": {1: 0.5, 3: 0.604}, "2-3/DDSPO": {1: 0.6, 3: 0.596}, "4-5/Distilled": {1: 0.1, 3: 0.2}}
+    monkeypatch.setattr(full, "GRID", {"--beta": (1, 2), "--scale": (4,)})
+    monkeypatch.setattr(full, "RATES", (3,))
+    monkeypatch.setattr(full, "METHODS", {name: full.METHODS[name] for name in ("DDSPO", "Not-paired", "Distilled")})
+    shares = {"1-3/DDSPO": {1: 0.5, 3: 0.604}, "2-3/DDSPO": {1: 0.6, 3: 0.596}, "4-3/Distilled": {1: 0.1, 3: 0.2}}
     flags = {}
     monkeypatch.setattr(full, "tune", lambda place, method, its, store, seed: flags.setdefault(f"{os.path.basename(place)}/{method}", its) and place)
     monkeypatch.setattr(full, "scores_at", lambda place, name, folder, seed, guidances: {
         g: dict(correct=[shares.get(f"{os.path.basename(place)}/{name}", {}).get(g, g / 10)], frechet=g) for g in guidances})
     text = full.search_settings("home")
     assert flags == {"1-3/DDSPO": ["--beta", 1, "--lr", 3], "2-3/DDSPO": ["--beta", 2, "--lr", 3],
-                     "4-5/Distilled": ["--objective", "distill", "--scale", 4, "--lr", 5]}
+                     "4-3/Distilled": ["--objective", "distill", "--scale", 4, "--lr", 3]}
     assert "| DDSPO | 1 | 3 | 0.500, 1.00 | 0.604, 3.00 |" in text and "| DDSPO, 2-3 | 0.600 |" in text and "| DDSPO, 1-3 |" not in text
 
 
