@@ -89,10 +89,10 @@ def micro_batches(store, model, args, some, device):
 
 def needs_c_minus(args):
     """Whether the loss asks for c_minus, as that of Eq. 7 does."""
-    return args.objective == "ddspo" and not args.winner
+    return args.objective in ("ddspo", "distill") and not args.winner
 
 
-def step_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, beta, side=None):
+def step_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, beta, side=None, scale=None):
     """The loss of each of B pairs: latents and eps (B, channels, h, w), t (B,), c and c_minus encoded -> loss (B,) and
     a dict of (B,) tensors to log. `policies` are networks, or functions like them: theta, ref, and for Eq. 6 winner and
     loser."""
@@ -107,6 +107,12 @@ def step_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, beta
     both = torch.cat([x_t_w, x_t_l]), torch.cat([t, t]), {name: torch.cat([x, x]) for name, x in c.items()}
     eps_theta = model.predict(policies["theta"], *both)  # (2B, ...)
     eps_ref = frozen(policies["ref"], *both)  # in the student's batch shape: at theta = ref the same to the last bit
+    if objective == "distill":  # no preference, but a control: guidance away from c_minus, learned at the same states
+        eps_ref_minus = frozen(policies["ref"], *both[:2], {name: torch.cat([x, x]) for name, x in c_minus.items()})
+        target = eps_ref_minus.float() + scale * (eps_ref.float() - eps_ref_minus.float())
+        loss = (eps_theta.float() - target).square().flatten(1).mean(1).view(2, -1).mean(0)
+        return loss, dict(loss=loss.detach())
+
     eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l = *eps_theta.chunk(2), *eps_ref.chunk(2)  # (B, ...)
     if "winner" in policies:  # Eq. 6: two trained policies
         target_w, target_l = frozen(policies["winner"], x_t_w, t, c), frozen(policies["loser"], x_t_l, t, c)
@@ -131,7 +137,7 @@ def gradient(run, update, batch, bar):
     run.optimizer.zero_grad()
     for part in micro_batches(run.store, run.model, args, batch[mine], run.device):
         with precision(run.device, run.precision):
-            loss, info = step_loss(run.model, run.policies, *part, args.objective, args.beta, args.side)  # (B,)
+            loss, info = step_loss(run.model, run.policies, *part, args.objective, args.beta, args.side, args.scale)
         scaler.scale(loss.sum() / divisor).backward()
         rows.append(torch.stack([*info.values(), part[4]], 1))  # (B, columns)
         bar.update(min(run.world * len(loss), (update + 1) * args.batch_size - bar.n))
@@ -158,7 +164,7 @@ def main(argv=None):
     with processes(args.out, hours=0.5) as (rank, world, device):  # guess
         run = set_up(args, rank, world, device)
         update = runs.load_checkpoint(run)
-        floor, size = noise_floor(run) if args.objective != "sft" else (None, None)
+        floor, size = noise_floor(run) if args.beta else (None, None)
         prepare(run)
         if rank == 0:
             runs.announce(run, update, floor)
@@ -315,14 +321,15 @@ def parse(argv):
     add("--task", choices=["alignment", "aesthetic"], default="alignment", help="Table 1 or 2: its defaults and pairs")
     add("--pairs", help="the pair store (default: pairs/MODEL, for Table 2 pairs/MODEL-aesthetic)")
     add("--out", help="the run's folder (default: runs/ and model, task and method)")
-    add("--objective", choices=["ddspo", "diffusion-dpo", "dspo", "sft"], default="ddspo",
-        help="Eq. 7 (or 6, see --winner), Eq. 4, DSPO, or the diffusion loss on one side of the pairs")
+    add("--objective", choices=["ddspo", "diffusion-dpo", "dspo", "sft", "distill"], default="ddspo",
+        help="Eq. 7 (or 6, see --winner), Eq. 4, DSPO, the diffusion loss on one side, or guidance away from c_minus")
     add("--side", choices=["w", "l"], help="of --objective sft: train on x_0_w or on x_0_l")
     add("--winner", help="Eq. 6: the winning policy, a lora/ or pipeline/ folder (of --objective sft)")
     add("--loser", help="Eq. 6: the losing policy")
     add("--negatives", choices=["generated", "rand-positive", "not-paired"], default="generated",
         help="Table 3b: x_0_l made from c_minus; or another prompt's winner, with that prompt or c_minus as c_minus")
     add("--beta", type=at_least(1e-6, float, 1e6), help="this and the next six: see EXPERIMENTS in lib/settings.py")
+    add("--scale", type=at_least(1, float, 100), help="of --objective distill: the guidance scale")
     add("--lr", type=at_least(1e-12, float, 0.1), help="final learning rate")  # the bounds are guesses, as beta's are
     add("--updates", type=at_least(1))
     add("--warmup", type=at_least(0), help="updates of linear warm-up")
@@ -356,10 +363,11 @@ def check(args):
         raise UserError("--winner and --loser go together: Eq. 6 needs both.")
     if args.winner and args.objective not in ("ddspo", "dspo"):
         raise UserError(f"--winner and --loser go with --objective ddspo or dspo: {args.objective} has none.")
-    if args.beta is not None and args.objective == "sft":
-        raise UserError("--objective sft has no beta.")
-    needed = ("lr",) if args.objective == "sft" else ("beta", "lr")
-    if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
+    strength = dict(sft=None, distill="scale").get(args.objective, "beta")
+    for name in {"beta", "scale"} - {strength}:
+        if getattr(args, name) is not None:
+            raise UserError(f"--objective {args.objective} has no {name}.")
+    if missing := [f"--{name}" for name in (strength, "lr") if name and getattr(args, name) is None]:
         raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}"
                         f"{' and policies' if args.winner else ''}: give {' and '.join(missing)}.")
     if args.warmup > args.updates:

@@ -33,7 +33,7 @@ from lib.processes import from_all
 from lib.settings import HALF, find_row
 
 BANDS = 10  # of time steps, in the log
-FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "lr", "warmup", "batch_size", "seed")
+FLAGS = ("objective", "side", "negatives", "lora_rank", "beta", "scale", "lr", "warmup", "batch_size", "seed")
 BEFORE_A_CHECKPOINT = r"\.lock|log\.jsonl|tensorboard|preview-\d+\.png|.*\.partial"  # what a run may have written
 
 # ---- its folders
@@ -241,7 +241,7 @@ def export(run):
 def model_card(args, base):
     """A page for the hub, with the fields that diffusers' training scripts give theirs."""
     flags = [[f"--{key.replace('_', '-')}"] + [str(value)] * (value is not True) for key, value in vars(args).items()
-             if key != "out" and value not in (None, False)]
+             if key != "out" and value is not None and value is not False]
     known = not os.path.isabs(base) and "/" in base
     return f"""---
 library_name: diffusers
@@ -278,11 +278,12 @@ def announce(run, update, floor):
     """Prints what a run will do, and what is worth a note."""
     args, pairs, row = run.args, len(run.store), find_row(run.args)
     parts = math.ceil(args.batch_size / run.world / args.micro_batch)
+    strength = f"beta {args.beta:g}, " if args.beta else f"scale {args.scale:g}, " if args.scale else ""
     print(f"{args.objective} on {pairs} pairs, from update {update} of {args.updates} ({args.batch_size} pairs each, "
           f"{args.updates * args.batch_size / pairs:.3g} epochs); {run.world} process{'es' * (run.world > 1)} with "
-          f"{parts} micro-batch{'es' * (parts > 1)} of up to {args.micro_batch}; "
-          + (f"beta {args.beta:g}, " if args.beta else "") + f"lr {args.lr:g} after {args.warmup} updates of warm-up; "
-          f"{run.precision}; defaults from {' '.join(row) if row else 'no experiment of the paper'}")
+          f"{parts} micro-batch{'es' * (parts > 1)} of up to {args.micro_batch}; {strength}lr {args.lr:g} after "
+          f"{args.warmup} updates of warm-up; {run.precision}; defaults from "
+          f"{' '.join(row) if row else 'no experiment of the paper'}")
     prompts = [text for row in run.store.rows for text in (row["c"], row["c_minus"]) if text is not None]
     too_long = models.count_too_long(run.model, prompts)
     if too_long:

@@ -33,7 +33,8 @@ EXPERIMENTS = {
     ("sd3",    "alignment", "ddspo"):         dict(beta=2000,  lr=8.192e-5,  updates=100,  warmup=0),    # [o]
     ("shapes", "alignment", "ddspo"):         dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
     ("shapes", "alignment", "diffusion-dpo"): dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
-}  # the numbers after # are the paper's tables; the last two rows: shapes.py
+    ("shapes", "alignment", "distill"):       dict(scale=3,    lr=3e-5,      updates=80,   warmup=0, batch_size=64),
+}  # the numbers after # are the paper's tables; the last three rows: shapes.py
 FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # where a model has no row, one of its family fits
 # Pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL and SD3 do
 # not fit there); and LoRA where the authors' scripts use it [o].

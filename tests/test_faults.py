@@ -139,6 +139,8 @@ def test_pairs_of_images_without_c_minus_are_not_for_equation_7(sd, pairs, tmp_p
 
 @pytest.mark.parametrize("flags, message", [
     ("--objective sft", "--side goes with --objective sft"), ("--side w", "--side goes with --objective sft"),
+    ("--objective distill --scale 3 --lr 1e-4 --beta 5", "--objective distill has no beta"), ("--scale 3", "--objective ddspo has no scale"),
+    ("--winner a --loser b --objective distill --scale 3", "distill has none"), ("--objective distill --scale 0.5", "--scale: must be 1 or more"),
     ("--objective sft --side w --beta 3", "--objective sft has no beta"), ("--winner a", "--winner and --loser go together"),
     ("--loser a", "--winner and --loser go together"), ("--winner a --loser b --objective diffusion-dpo", "diffusion-dpo has none"),
     ("--winner a --loser b --negatives not-paired", "a variant of Eq. 7"), ("--objective dspo --negatives rand-positive", "a variant of Eq. 7"),

@@ -133,6 +133,33 @@ def test_sft_is_the_diffusion_loss_on_one_side(batch, side):
     assert loss.requires_grad and set(info) == {"loss"}
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_distill_is_the_distance_to_the_guided_reference_on_both_sides(batch, scale):
+    model, policies, c, c_minus, x_0_w, x_0_l, t, eps = batch
+    loss, info = train.step_loss(*batch, "distill", None, scale=scale)
+    scheduler, sides = DDPMScheduler.from_config(model.pipe.scheduler.config), []
+    for x_0 in (x_0_w, x_0_l):
+        x_t = scheduler.add_noise(x_0, eps, t)
+        with torch.no_grad():
+            ref, ref_minus = (policies["ref"](x_t, t, prompt["prompt_embeds"]).sample for prompt in (c, c_minus))
+        guided = ref + (scale - 1) * (ref - ref_minus)
+        sides.append((policies["theta"](x_t, t, c["prompt_embeds"]).sample - guided).square().mean((1, 2, 3)))
+    torch.testing.assert_close(loss, (sides[0] + sides[1]) / 2, rtol=1e-4, atol=1e-6)
+    assert loss.requires_grad and set(info) == {"loss"}
+
+
+def test_distill_begins_where_scale_1_has_nothing_to_learn(sd, pairs, tmp_path):
+    first = {}
+    for scale in (1, 3):
+        out = tmp_path / str(scale)
+        train.main(["--model", sd, "--pairs", pairs, "--out", str(out), "--objective", "distill", "--scale", str(scale), "--lr", "1e-4",
+                    "--updates", "4", "--batch-size", "4"])
+        log = read_log(out)
+        first[scale] = log[0]["loss"]
+        assert "logit" not in log[0] and (scale == 1 or log[-1]["loss"] < 0.9 * max(row["loss"] for row in log[:2]))
+    assert first[1] < 1e-15 and first[3] > 1e-3  # rounding, and what is to be learned
+
+
 def test_the_weight_of_a_time_step_multiplies_beta(batch, monkeypatch):
     plain, four_times = (train.step_loss(*batch, "ddspo", beta)[1]["logit"] for beta in (300.0, 1200.0))
     monkeypatch.setattr(batch[0], "weight", lambda t: torch.tensor([4.0, 1.0]))
@@ -810,6 +837,7 @@ def test_a_folder_or_a_hub_id_takes_the_settings_of_its_family(tmp_path):
     ("sd14 --objective sft --side l --lora-rank 4", dict(beta=None, lr=1e-4, updates=300, out="runs/sd14-sft-l", lora_rank=4)),
     ("sd14 --winner a --loser b", dict(beta=8000, row="sd14 alignment policies", out="runs/sd14-ddspo-policies")),
     ("sd15 --objective dspo", dict(beta=0.001, lr=2.048e-5)),
+    ("shapes --objective distill", dict(beta=None, scale=3, lr=3e-5, updates=80, batch_size=64, out="runs/shapes-distill")),
 ])
 def test_each_experiment_has_its_row(flags, expected):
     args = train.parse(["--model", *flags.split()])
@@ -820,7 +848,8 @@ def test_each_experiment_has_its_row(flags, expected):
 
 @pytest.mark.parametrize("flags, asked", [
     ("sana --objective diffusion-dpo", "--beta and --lr"), ("sana --objective diffusion-dpo --lr 1e-5", "--beta"),
-    ("sd3 --objective dspo --beta 1", "--lr"), ("sana --objective sft --side w", "--lr")])
+    ("sd3 --objective dspo --beta 1", "--lr"), ("sana --objective sft --side w", "--lr"),
+    ("sd14 --objective distill", "--scale and --lr")])
 def test_where_no_experiment_fits_beta_and_lr_are_asked_for(flags, asked):
     with pytest.raises(UserError, match=rf"no row for {flags.split()[0]} with --objective .*: give {asked}\."):
         train.parse(["--model", *flags.split()])
