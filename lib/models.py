@@ -386,8 +386,8 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     if "text_encoder_2" in config and family is StableDiffusion:
         parts["add_watermarker"] = False  # which would be in the pairs and in the benchmarks' images
     for part, entry in config.items():
-        if isinstance(entry, list) and entry[0] and part not in WITHOUT:
-            left_out = not text and part.startswith(("text_encoder", "tokenizer"))
+        if isinstance(entry, list) and part not in WITHOUT:
+            left_out = not entry[0] or not text and part.startswith(("text_encoder", "tokenizer"))
             parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype), variant)
     with naming(f"{folder}: its model_index.json"):
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts)

@@ -83,13 +83,17 @@ def weight_files(folder, part, variant=None):
     for infix in (f".{variant}", "") if variant else ("",):
         for stem in ("diffusion_pytorch_model", "model"):
             index = os.path.join(folder, part, f"{stem}.safetensors.index{infix}.json")
-            plain = os.path.join(folder, part, f"{stem}{infix}.safetensors")
+            names = [f"{stem}{infix}.safetensors"]
             if os.path.isfile(index):
                 with naming(index):
                     names = sorted(set(read_json(index)["weight_map"].values()))
-                    return [os.path.join(folder, part, name) for name in names]
-            if os.path.isfile(plain):
-                return [plain]
+            paths = [os.path.join(folder, part, name) for name in names]
+            for path in filter(os.path.isfile, paths):
+                with open(path, "rb") as file:
+                    if file.read(12) == b"version http":
+                        raise UserError(f"{path} is a pointer of git-lfs and no weights: run git lfs pull.")
+            if os.path.isfile(index) or os.path.isfile(paths[0]):
+                return paths
     return []
 
 
@@ -107,9 +111,12 @@ def load_part(folder, part, library, kind, dtype, variant=None):
             if "tokenizer" in part and loaded("a").input_ids == loaded("b").input_ids:
                 raise UserError(f"{what} has no vocabulary.")
             return loaded
-        files = weight_files(folder, part, variant)
-        check_files(what, path, files)
-        variant = variant if f".{variant}" in os.path.basename(files[0] if files else "") else None
+        files = [os.path.basename(file) for file in weight_files(folder, part, variant)]
+        others = re.findall(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors\n", "\n".join([*sorted(os.listdir(path)), ""]))
+        if others and not files:
+            raise UserError(f"{what} has only weights of the variant {others[0]}: give the model's name as "
+                            f"NAME@{others[0]}.")
+        variant = variant if f".{variant}" in "".join(files) else None
         loaded, info = kind.from_pretrained(path, dtype=dtype, variant=variant, use_safetensors=True,
                                             output_loading_info=True)
     if info["missing_keys"]:  # which the libraries would fill with random numbers
@@ -120,18 +127,6 @@ def load_part(folder, part, library, kind, dtype, variant=None):
     if not any(p.any() for p in loaded.parameters()):
         raise UserError(f"{what} has weights of 0 only.")
     return loaded
-
-
-def check_files(what, path, files):
-    """Raises UserError if weight files are there, but of a kind that cannot be read."""
-    variants = [re.search(r"\.(\w+?)(-\d+-of-\d+)?\.safetensors$", name) for name in sorted(os.listdir(path))]
-    if not files and any(variants):
-        name = next(found[1] for found in variants if found)
-        raise UserError(f"{what} has only weights of the variant {name}: give the model's name as NAME@{name}.")
-    for file in filter(os.path.isfile, files):
-        with open(file, "rb") as start:
-            if start.read(12) == b"version http":
-                raise UserError(f"{file} is a pointer of git-lfs and no weights: run git lfs pull.")
 
 
 def copy_parts(folder, config, variant, without, target):
