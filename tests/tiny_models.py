@@ -8,12 +8,16 @@ use_resolution_binning=False.
 """
 
 import inspect
+import json
+import re
 import string
 import sys
+from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 CLIP, CLIP_PROJECTED = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
@@ -127,6 +131,43 @@ def sd3():
     return diffusers.StableDiffusion3Pipeline(
         transformer, scheduler, autoencoder, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3,
         tokenizer_3)
+
+
+def as_published(folder):
+    """Changes the names in a folder of `sd` or `sdxl` to those in the folders of the published models: vocab.json and
+    merges.txt, `text_model.` and position_ids in CLIP, the old names of attention in SD's autoencoder, a safety checker
+    that is named and not there, and variants in half precision beside the weights."""
+    folder = Path(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    xl = "text_encoder_2" in index
+    index = {part: entry for part, entry in index.items() if part not in ("image_encoder", "requires_safety_checker")}
+    if not xl:
+        index |= dict(feature_extractor=["transformers", "CLIPImageProcessor"],
+                      safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    for part in folder.glob("tokenizer*"):
+        model = json.loads((part / "tokenizer.json").read_text())["model"]
+        (part / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (part / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
+        config = json.loads((part / "tokenizer_config.json").read_text())
+        names = [name for name in config if name.endswith("_token")]
+        (part / "special_tokens_map.json").write_text(json.dumps({name: config[name] for name in names}))
+        (part / "tokenizer.json").unlink()
+    old = dict(to_q="query", to_k="key", to_v="value", to_out="proj_attn")
+    for path in [path for path in folder.glob("*/*.safetensors") if path.stem in ("model", "diffusion_pytorch_model")]:
+        weights = load_file(path)
+        if path.parent.name.startswith("text_encoder"):
+            weights = {f"text_model.{name}" if name.split(".")[0] in ("embeddings", "encoder", "final_layer_norm") else
+                       name: x for name, x in weights.items()}
+            weights |= {} if xl else {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+        if path.parent.name == "vae" and not xl:
+            weights = {re.sub(r"(attentions\.0)\.(to_\w+)(\.0)?\.", lambda found: f"{found[1]}.{old[found[2]]}.", name): x
+                       for name, x in weights.items()}
+        save_file(weights, path, metadata=dict(format="pt"))
+        half = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
+        save_file(half, path.with_suffix(".fp16.safetensors"), metadata=dict(format="pt"))
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: x + 1 for name, x in load_file(path).items()}, path.with_suffix(".non_ema.safetensors"))
 
 
 FAMILIES = dict(sd=sd, sd2=sd2, sdxl=sdxl, sana=sana, sd3=sd3)
