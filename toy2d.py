@@ -2,14 +2,12 @@
 
     python toy2d.py    six panels (figures/toy2d.png) and a table over five seeds, in about 40 s of one core
 
-Each class c is one mode of a 2D Gaussian mixture (a). The data that the reference model sees is noisy (b): the modes
-are wider, and some samples come from a neighbouring class. The reference learns to generate just that (c). Each class
-gets N = 2 preference pairs, and the same pairs tune the same reference with D-DPO (Eq. 4) (d), DSPO (e), which only the
-paper's second version shows, and DDSPO (Eq. 7) (f). The paper gives no numbers for its toy: those below are ours.
-
-As in Sec. 3.3 both samples of a pair come from the reference itself: x_0_w given c, x_0_l given a neighbour c_minus. So
-a winner may well lie in a neighbour's mode. D-DPO and DSPO learn from it all the same. DDSPO only visits it, and asks
-the reference's scores given c and c_minus what to do there. The table has two controls that distil plain guidance.
+Each class c is one mode of a 2D Gaussian mixture (a). The reference model is trained on noisy data (b): wider modes,
+and some samples from a neighbouring class. It learns to generate just that (c). Each class gets N = 2 preference pairs,
+and the same pairs tune the same reference with D-DPO (Eq. 4) (d), DSPO (e), which only the paper's second version has,
+and DDSPO (Eq. 7) (f). As in Sec. 3.3 both samples of a pair come from the reference: x_0_w given c, x_0_l given a
+neighbour c_minus. So a winner may lie in a neighbour's mode. D-DPO and DSPO learn from it all the same; DDSPO only
+visits it, and asks the reference what to do there. The paper gives no numbers for its toy: those below are ours.
 """
 
 import argparse
@@ -19,7 +17,6 @@ import math
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.files import UserError
@@ -54,8 +51,7 @@ SIGMA = (1 - ALPHA**2).sqrt()
 
 def noise(x_0, t, eps):
     """q(x_t | x_0): x_0 and eps (..., 2), t (...) -> x_t (..., 2)."""
-    alpha, sigma = ALPHA.to(x_0.device), SIGMA.to(x_0.device)
-    return alpha[t][..., None] * x_0 + sigma[t][..., None] * eps
+    return ALPHA.to(x_0.device)[t][..., None] * x_0 + SIGMA.to(x_0.device)[t][..., None] * eps
 
 
 class Denoiser(nn.Module):
@@ -72,19 +68,17 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t, t, c):
         wave = t[:, None] / T * math.pi * torch.arange(1, 9, device=t.device)  # (B, 8)
-        return self.net(torch.cat([x_t, wave.cos(), wave.sin(), F.one_hot(c, K)], 1))
+        return self.net(torch.cat([x_t, wave.cos(), wave.sin(), nn.functional.one_hot(c, K)], 1))
 
 
 @torch.no_grad()
 def ddim(model, c, x_T, steps=50):
     """Samples x_0 (B, 2) of the classes c (B,) from x_T (B, 2)."""
-    x_t = x_T
-    times = torch.linspace(T - 1, 0, steps).round().long().tolist()
-    for now, then in zip(times, times[1:] + [None]):
+    x_t, times = x_T, torch.linspace(T - 1, 0, steps).round().long().tolist()
+    for now, then in zip(times, times[1:] + [0]):  # the last x_t is not used
         eps = model(x_t, torch.full_like(c, now), c)
         x_0 = (x_t - SIGMA[now] * eps) / ALPHA[now]
-        if then is not None:
-            x_t = noise(x_0, then, eps)
+        x_t = noise(x_0, then, eps)
     return x_0
 
 
@@ -110,9 +104,9 @@ def train_reference(seed, updates=1500, batch=256, lr=5e-3):
 def draw_pairs(ref, seed, n, source="apart"):
     """n pairs a class, the first n of 64: x_0_w and x_0_l (n K, 2), c and c_minus (n K,).
 
-    The reference draws x_0_w given c and x_0_l given c_minus, each from its own x_T (source "apart") or both from the
-    same x_T ("shared-noise", what build_pairs.py does); "clean" pairs are the ground truth's. c_minus is one of the two
-    neighbours of c: the first is drawn, and then they take turns.
+    The reference draws x_0_w given c and x_0_l given c_minus, each from its own x_T (source "apart") or both from one
+    ("shared-noise", as build_pairs.py does); "clean" pairs are the ground truth's. The neighbours of c take turns as
+    c_minus, and the first one is drawn.
     """
     rng = torch.Generator().manual_seed(2000 + seed)
     c = torch.arange(K).expand(64, K)
@@ -122,8 +116,7 @@ def draw_pairs(ref, seed, n, source="apart"):
         x_0_w, x_0_l = draw_data(c, rng, **CLEAN), draw_data(c_minus, rng, **CLEAN)  # (64, K, 2)
     else:
         x_T_w, x_T_l = torch.randn(2, 64, K, 2, generator=rng)
-        if source == "shared-noise":
-            x_T_l = x_T_w
+        x_T_l = x_T_w if source == "shared-noise" else x_T_l
         x_0_w = ddim(ref, c.flatten(), x_T_w.flatten(0, 1)).view(64, K, 2)
         x_0_l = ddim(ref, c_minus.flatten(), x_T_l.flatten(0, 1)).view(64, K, 2)
     return [x[:n].flatten(0, 1) for x in (x_0_w, x_0_l, c, c_minus)]
@@ -156,8 +149,7 @@ def tune(ref, pairs, seed, objective, beta, lr, updates=300, batch=128):
     rng = torch.Generator().manual_seed(3000 + seed)
     for _ in range(updates):
         pick = torch.randint(len(pairs[0]), (batch,), generator=rng)
-        t = torch.randint(T, (batch,), generator=rng)
-        eps = torch.randn(batch, 2, generator=rng)
+        t, eps = torch.randint(T, (batch,), generator=rng), torch.randn(batch, 2, generator=rng)
         pick, t, eps = (x.to(pairs[0].device) for x in (pick, t, eps))
         x_0_w, x_0_l, c, c_minus = (x[pick] for x in pairs)
         loss = pair_loss(objective, theta, ref, x_0_w, x_0_l, c, c_minus, t, eps, beta)
@@ -165,9 +157,6 @@ def tune(ref, pairs, seed, objective, beta, lr, updates=300, batch=128):
         loss.mean().backward()
         optimizer.step()
     return theta
-
-
-# ---- what a model generates, and how good that is
 
 
 def sample_classes(model, device="cpu", per_class=500):
@@ -183,8 +172,8 @@ def quality(samples):
     n, c = samples.shape[1], torch.arange(K)[:, None].expand(samples.shape[:2])
     own = (torch.cdist(samples, MODES).argmin(-1) == c).float().mean()
     truth = draw_data(c, torch.Generator().manual_seed(1), **CLEAN)
-    within = [torch.cdist(x, x).sum() / (K * n * (n - 1)) for x in (samples, truth)]
-    energy = 2 * torch.cdist(samples, truth).mean() - within[0] - within[1]
+    within = sum(torch.cdist(x, x).sum() / (K * n * (n - 1)) for x in (samples, truth))
+    energy = 2 * torch.cdist(samples, truth).mean() - within
     shift = (samples.mean(1) - MODES).norm(dim=-1).mean()
     return [own.item(), energy.item(), shift.item()]
 
@@ -201,9 +190,7 @@ def quality_table(title, rows):
 SEEDS = [0, 1, 2, 3, 4]
 OBJECTIVES = {"D-DPO": "diffusion-dpo", "DSPO": "dspo", "DDSPO": "ddspo",
               "Guidance distilled": "guidance", "Guidance distilled at losers": "guidance-losers"}
-# (beta or s, lr) of each at N = 2: the best of studies/toy2d_sweep.py's grid, on seeds other than SEEDS. For D-DPO and
-# DDSPO beta stays at 1, because 0.1 is better by about 0.001 in energy distance only, a tenth of the spread over seeds.
-SETTINGS = {
+SETTINGS = {  # (beta or s, lr) at N = 2: the best of studies/toy2d_sweep.py on other seeds, beta 0.1 or 1 being as good
     "apart": [(1, 5e-6), (10, 2.5e-6), (1, 1e-5), (50, 1e-5), (50, 1e-5)],
     "shared-noise": [(1, 1e-5), (10, 2.5e-6), (1, 1e-5), (50, 1e-5), (50, 1e-5)],
     "clean": [(1, 1e-5), (1, 2e-5), (1, 1e-5), (50, 1e-5), (50, 1e-5)],
@@ -222,7 +209,6 @@ def main(argv=None):
         raise UserError(f"torch finds no {args.device} device here: leave out --device {args.device}.")
     try_path(args.out)
     torch.set_num_threads(1)  # the networks are too small to share, and on a busy machine threads wait for one another
-
     results = []  # of each seed: the samples of each model, and the pairs
     for seed in tqdm(SEEDS, "seeds", leave=False):
         ref = train_reference(seed)
@@ -232,24 +218,19 @@ def main(argv=None):
         for (name, objective), (beta, lr) in zip(OBJECTIVES.items(), SETTINGS[args.pairs]):
             samples[name] = sample_classes(tune(ref, on_device, seed, objective, beta, lr), args.device)
         results.append((samples, pairs))
-    scores = {name: np.array([quality(samples[name]) for samples, _ in results]) for name in ["Reference", *OBJECTIVES]}
+    scores = {name: np.array([quality(samples[name]) for samples, _ in results]) for name in samples}
     print(quality_table(f"N = 2, pairs {args.pairs}, {len(SEEDS)} seeds", scores))
     gain = scores["D-DPO"][:, 1] - scores["DDSPO"][:, 1]
     draw_figure(*results[gain.argsort()[len(SEEDS) // 2]], args.out)  # the seed with the median gain
 
 
-def farthest_winner(pairs):
-    """The index of the pair whose winner lies farthest from its own mode."""
-    return (pairs[0] - MODES[pairs[2]]).norm(dim=1).argmax().item()
-
-
 def draw_figure(samples, pairs, path):
-    """Fig. 2 from one seed's samples of each model. Marks the pairs of one class, that of the farthest winner."""
+    """Fig. 2 from one seed's samples and pairs; it marks the pairs of the class whose winner lies farthest off."""
     classes, rng = torch.arange(K)[:, None].expand(K, 500), torch.Generator().manual_seed(0)
     panels = {"(a) Ground truth": draw_data(classes, rng, **CLEAN), "(b) Noisy data": draw_data(classes, rng, **NOISY)}
     panels |= {f"({letter}) {name}": samples[name] for letter, name in zip("cdef", samples)}
     x_0_w, x_0_l, c, _ = pairs
-    marked = c[farthest_winner(pairs)].item()
+    marked = c[(x_0_w - MODES[c]).norm(dim=1).argmax()].item()
     figure, axes = plt.subplots(2, 3, figsize=(9, 6.6), sharex=True, sharey=True, layout="constrained")
     for axis, (title, points) in zip(axes.flat, panels.items()):
         for k in range(K):

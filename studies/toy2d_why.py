@@ -21,6 +21,7 @@ numbers: where the reference would send a few states if it predicted eps_ref + d
 
 import argparse
 import itertools
+import os
 
 import numpy as np
 import torch
@@ -140,7 +141,8 @@ def draw_ratios(means, path):
 def draw_arrows(ref, seed, path):
     """Fig. 1 of the paper on one pair of the toy: its winner's and its loser's state at three time steps."""
     pairs = toy2d.draw_pairs(ref, seed, 2)
-    x_0_w, x_0_l, k, _ = (x[toy2d.farthest_winner(pairs)] for x in pairs)
+    farthest = (pairs[0] - MODES[pairs[2]]).norm(dim=1).argmax()  # the winner farthest from its mode, as in Fig. 2
+    x_0_w, x_0_l, k, _ = (x[farthest] for x in pairs)
     x_0, c = torch.stack([x_0_w, x_0_l]), torch.stack([k, k])  # (2, 2) and (2,)
     eps = torch.randn(2, 2, generator=torch.Generator().manual_seed(seed))
     figure, axes = plt.subplots(1, 3, figsize=(12, 5.2), sharex=True, sharey=True, layout="constrained")
@@ -170,23 +172,21 @@ def draw_arrows(ref, seed, path):
 @program
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", default="figures", help="the folder of the two pictures (default: %(default)s)")
+    parser.add_argument("--out", default="figures/toy2d_why.png", help="the picture (default: %(default)s); fig1.png "
+                        "is written beside it")
     args = parser.parse_args(argv)
-    paths = [f"{args.out}/{name}.png" for name in ("fig1", "toy2d_why")]
-    for path in paths:
-        try_path(path)
-    torch.set_num_threads(1)
-    means = {}
-    keys = list(itertools.product(SOURCES, LINES))
+    try_path(args.out)
+    torch.set_num_threads(1)  # as in toy2d.py
     refs = {seed: toy2d.train_reference(seed) for seed in tqdm(toy2d.SEEDS, "references", leave=False)}
-    draw_arrows(refs[2], 2, paths[0])  # the seed that Fig. 2 shows
-    for source, (name, n) in tqdm(keys, "lines", leave=False):
+    draw_arrows(refs[2], 2, os.path.join(os.path.dirname(args.out), "fig1.png"))  # the seed that Fig. 2 shows
+    means = {}
+    for source, (name, n) in tqdm(list(itertools.product(SOURCES, LINES)), "lines", leave=False):
         means[source, (name, n)] = np.mean([measure(ref, seed, source, n, OBJECTIVES[name])
                                             for seed, ref in refs.items()], 0)  # (T, 4)
     for source in SOURCES:
         print(f"\nPairs {source}, {len(refs)} seeds; d is the mean given the state:\n")
         print(times_table({line: means[source, line] for line in LINES}))
-    draw_ratios(means, paths[1])
+    draw_ratios(means, args.out)
 
 
 if __name__ == "__main__":
