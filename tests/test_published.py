@@ -480,11 +480,10 @@ def single_file(model, path):
         of_vae += [(f"down.{i}.downsample.", f"down_blocks.{i}.downsamplers.0."), (f"up.{3 - i}.upsample.", f"up_blocks.{i}.upsamplers.0.")]
     weights = {}
     for name, x in model.net.state_dict().items():
+        for new, old in resnet if "resnets" in name else ():
+            name = name.replace(f".{old}.", f".{new}.")
         for new, old in names:
             name = re.sub(rf"^{re.escape(old)}", new, name)
-        if ".0." in name and "attentions" not in name:
-            for new, old in resnet:
-                name = name.replace(f".{old}.", f".{new}.")
         weights[f"model.diffusion_model.{name}"] = x
     for name, x in model.pipe.vae.state_dict().items():
         for new, old in of_vae:
