@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from judges import compbench, fid, geneval, geneval2, preference, shapes, shared
-from judges.table import in_a_line, is_table, make_table
+from judges.table import in_a_line, is_ours, make_table
 from lib import models, plots
 from lib.files import UserError, same_settings, to_lines, write_file
 from lib.parts import replace_unet
@@ -144,8 +144,7 @@ def save_image(image, path):
 
 
 def score(args):
-    """Judges all images of the runs that have no score yet: a missing image is an error. A process of several takes its
-    share of the judges."""
+    """Judges all images of the runs that have no score yet: none may be missing. Processes share out the judges."""
     rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
     tasks = [task for run in runs for task in find_tasks(run, args)][rank::world]
@@ -154,11 +153,11 @@ def score(args):
             locks.enter_context(holding(os.path.join(run, "scores", name)))
             shared.note_scores(run, name, bench, rows, BENCHMARKS[bench][2][name][2])
         loaders = {name: BENCHMARKS[bench][2][name][1] for run, bench, name, rows in tasks
-                   if without_score(run, name, rows)}
+                   if shared.without_score(run, name, rows)}
         for load in list(loaders.values())[1:]:  # load every judge once: what is missing is an error now, not in hours
             load(device, args.data)
         for run, _, name, rows in tasks:
-            if without_score(run, name, rows):
+            if shared.without_score(run, name, rows):
                 write_scores(run, name, rows, loaders[name](device, args.data), args)
             print(f"{run}: {in_a_line(run, name)}")
     if rank == 0:
@@ -192,21 +191,13 @@ def find_tasks(run, args):
                 yield run, bench, name, [row for row in rows if groups is None or row["group"] in groups]
 
 
-def without_score(run, name, rows):
-    """The paths of the images that a judge has not judged. FID and IS are of all images, or of none."""
-    if name == "coco":
-        return set() if shared.read_coco(run) else {row["path"] for row in rows}
-    return {row["path"] for row in rows} - shared.read_scores(run, name).keys()
-
-
 def write_scores(run, name, rows, judge, args):
     """Writes scores/`name`.jsonl, a line an image, and goes on after the last whole line that is there; or
     scores/coco.json, once all images have been seen. A batch is judged whole even where only some of its images have no
     score, so that a score does not depend on a stop."""
-    path, left = os.path.join(run, "scores", name + ".jsonl"), without_score(run, name, rows)
+    path, left = os.path.join(run, "scores", name + ".jsonl"), shared.without_score(run, name, rows)
     batches = [rows[i:i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-    batches = [batch for batch in batches if not left.isdisjoint(row["path"] for row in batch)]
-    found = judged(run, name, batches, judge)
+    found = judged(run, name, [batch for batch in batches if not left.isdisjoint(row["path"] for row in batch)], judge)
     if name == "coco":
         write_file(path.removesuffix("l"), json.dumps(fid.summary([x for _, x in found], args.data)) + "\n")
         return
@@ -220,16 +211,12 @@ def write_scores(run, name, rows, judge, args):
 
 
 def judged(run, name, batches, judge):
-    """Yields (row, what the judge found) for each image. Threads open a batch while the one before it is judged."""
+    """Yields (row, what the judge found) for each image; threads open the images of a batch."""
     pixels = 256 if name == "coco" else shared.read_settings(run)["pixels"]
-
-    def read(row):
-        return shared.open_image(os.path.join(run, row["path"]), pixels)
-
     with ThreadPoolExecutor(THREADS) as pool:
-        coming = pool.map(read, batches[0])
-        for batch, following in zip(tqdm(batches, f"score {run}: {name}"), [*batches[1:], ()]):
-            images, coming = list(coming), pool.map(read, following)
+        for batch in tqdm(batches, f"score {run}: {name}"):
+            paths = [os.path.join(run, row["path"]) for row in batch]
+            images = list(pool.map(lambda path: shared.open_image(path, pixels), paths))
             yield from zip(batch, judge(batch, images))
 
 
@@ -241,7 +228,7 @@ def table(args):
     path = os.path.splitext(args.out)[0] + ".json"
     if not args.out.lower().endswith(".md"):
         raise UserError(f"--out {args.out} must be the name of a file to write that ends in .md.")
-    if not all(is_table(file) for file in (args.out, path) if os.path.exists(file)):
+    if not all(is_ours(file) for file in (args.out, path) if os.path.exists(file)):
         raise UserError(f"{args.out} or {path} is there, and is no table of this program: give another --out.")
     text, whole = make_table(list(dict.fromkeys(map(os.path.normpath, args.runs))), BENCHMARKS)
     write_file(args.out, text + "\n")
@@ -255,7 +242,7 @@ def grid(args):
     prompts = [prompt for _, _, prompt in read_prompts(args.prompts) if prompt][:args.rows]
     if not prompts:
         raise UserError(f"{args.prompts} has no prompts in it.")
-    if os.path.exists(args.out) and "Matplotlib" not in Image.open(args.out).info.get("Software", ""):
+    if os.path.exists(args.out) and not is_ours(args.out):
         raise UserError(f"{args.out} is there, and is no picture of this program: give another --out.")
     columns, device = [], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in args.models[1:]:  # load every model once: one that cannot be loaded is an error now, not in an hour

@@ -127,10 +127,13 @@ def combine(blip, clipscore, spatial):
 
 
 def load_spacy():
-    """T2I-CompBench's parser. evaluate.py has looked whether it is installed."""
-    import spacy  # here, because it and its model are in requirements-eval.txt only
+    """T2I-CompBench's parser. It and its model are in requirements-eval.txt only."""
+    try:
+        import spacy
 
-    return spacy.load("en_core_web_sm")
+        return spacy.load("en_core_web_sm")
+    except (ImportError, OSError) as error:
+        raise UserError(f"{error}: pip install -r requirements-eval.txt") from None
 
 
 def blip_from_salesforce(state):

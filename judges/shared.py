@@ -130,6 +130,13 @@ def read_coco(run):
     return found
 
 
+def without_score(run, name, rows):
+    """The paths of the images that a judge has not judged. FID and IS are of all images, or of none."""
+    if name == "coco":
+        return set() if read_coco(run) else {row["path"] for row in rows}
+    return {row["path"] for row in rows} - read_scores(run, name).keys()
+
+
 def note_scores(run, name, bench, rows, judge=None):
     """Notes of which images a judge's scores are, those of these `rows` of a list, and which weights the `judge` has.
     Without `judge` the note must be there. Raises UserError if it says otherwise, or if an image's prompt or place in

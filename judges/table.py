@@ -200,8 +200,9 @@ def in_a_line(run, name):
     return f"{name} {found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
 
 
-def is_table(path):
-    """Whether a file is one that `table` writes, and may write anew."""
+def is_ours(path):
+    """Whether a file is of the kind that `table` or `grid` writes there, and may write anew: a table, or a picture by
+    matplotlib."""
+    marks = {".md": BRACKETS.encode(), ".json": b'{\n "runs": {', ".png": b"Software\0Matplotlib"}
     with open(path, "rb") as file:
-        content = file.read()
-    return (BRACKETS.encode() if path.lower().endswith(".md") else b'{\n "runs": {') in content
+        return marks[os.path.splitext(path)[1].lower()] in file.read()

@@ -5,20 +5,22 @@ import json
 import os
 import shutil
 import sys
+import types
 
 import launch
 import numpy as np
 import pytest
 import tiny_judges
+import tiny_models
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
 
 import evaluate
-from judges import compbench, fid, geneval, preference, shapes, shared, table
+from judges import compbench, fid, geneval, geneval2, preference, shapes, shared, table
 from lib import models, plots, shapes_world
-from lib.files import UserError, write_file
+from lib.files import UserError, checksum, write_file
 from lib.processes import holding
 
 
@@ -258,6 +260,44 @@ def test_a_unet_that_is_published_alone_takes_the_place_of_the_models(world, sd,
             generate(world, sd, "d", "--bench", "pick", "--unet", str(unet))
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(out_channels=8), "its out_channels is 8, not 4"), (dict(prediction_type="v_prediction"), "its prediction_type is v_prediction, not epsilon")])
+def test_a_unet_of_another_kind_is_refused_before_anything_is_written(change, message, world, sd):
+    net = dict(change) if "out_channels" in change else {}
+    other = tiny_models.sd(net=net)
+    if not net:
+        other.scheduler.register_to_config(**change)
+    other.save_pretrained(world / "other")
+    with pytest.raises(SystemExit, match=rf"--unet .*other is of another kind than the model: {message}"):
+        generate(world, sd, "run", "--bench", "pick", "--unet", str(world / "other"))
+    assert not (world / "run").exists()
+
+
+def test_an_image_of_no_bytes_is_made_again(world, sd):
+    generate(world, sd, "run", "--bench", "pick", "coco")
+    before = images(world / "run")
+    for name in ("pick/images/00001.jpg", "coco/im256/COCO_val2014_000000000004.jpg", "coco/im512/COCO_val2014_000000000005.jpg"):
+        (world / "run" / name).write_bytes(b"")
+    os.remove(world / "run" / "coco" / "im256" / "COCO_val2014_000000000005.jpg")
+    with pytest.raises(SystemExit, match="1 of 4 images of pick are missing in .*, first pick/images/00001.jpg: give the command of generate again"):
+        score(world, "run", flags=["--bench", "pick"])
+    generate(world, sd, "run", "--bench", "pick", "coco")
+    assert images(world / "run") == before
+
+
+def test_images_with_transparency_or_16_bits_are_judged_as_they_are_seen(tmp_path):
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[:4] = 255, 0, 0, 255
+    Image.fromarray(clear).save(tmp_path / "alpha.png")
+    Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tiff")
+    seen = np.array(shared.open_image(str(tmp_path / "alpha.png"), 8))
+    assert (seen[:4] == [255, 0, 0]).all() and (seen[4:] == 255).all()
+    assert (np.array(shared.open_image(str(tmp_path / "deep.png"))) == 100).all()
+    with pytest.raises(UserError, match="cannot judge .*float.tiff .*without a known white"):
+        shared.open_image(str(tmp_path / "float.tiff"))
+
+
 def test_images_that_are_not_numbers_are_an_error(world, sd):
     other = models.load(sd)
     other.pipe.vae.decoder.conv_out.bias.data[0] = float("nan")
@@ -294,9 +334,10 @@ def judges(world, clip, monkeypatch):
     """Small random judges in the place of the hub's. Returns the files that were asked for."""
     for module, name in ((geneval, "CLIP"), (preference, "CLIP_B"), (preference, "CLIP_H"), (preference, "PICK")):
         monkeypatch.setattr(module, name, clip)
-    for name, make in (("OWL", tiny_judges.owl), ("BERT", tiny_judges.bert_tokenizer)):
+    for module, name, make in ((compbench, "OWL", tiny_judges.owl), (compbench, "BERT", tiny_judges.bert_tokenizer),
+                               (geneval2, "JUDGE", tiny_judges.qwen)):
         make(str(world / name))
-        monkeypatch.setattr(compbench, name, str(world / name))
+        monkeypatch.setattr(module, name, str(world / name))
     monkeypatch.setattr(compbench, "BLIP_CONFIG", tiny_judges.BLIP_CONFIG)
     monkeypatch.setattr(geneval, "DETECTOR_CONFIG", tiny_judges.DETECTOR_CONFIG)
     monkeypatch.setattr(geneval, "SHORTEST", 256)  # pixels that the detector sees, not 800: that saves twenty seconds
@@ -439,6 +480,31 @@ def test_from_a_model_to_a_table(world, sd, judges, monkeypatch, capsys):
         table.collect(str(world / "ref"), evaluate.BENCHMARKS)
 
 
+def test_geneval_2_from_a_model_to_the_table_is_exact_after_a_stop(world, sd, judges):
+    generate(world, sd, "run", "--bench", "geneval2")
+    scores = world / "run" / "scores" / "geneval2.jsonl"
+    score(world, "run", flags=["--batch-size", "8"])
+    whole = scores.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert len(rows) == 20 and [len(row["probabilities"]) for row in rows[:3]] == [3, 4, 3] and len(set(whole.splitlines())) == 20
+    for end in (0, 700, len(whole) // 2, len(whole) - 5):
+        scores.write_text(whole[:end])
+        score(world, "run", flags=["--batch-size", "8"])
+        assert scores.read_text() == whole, end
+    evaluate.main(["table", str(world / "run"), "--out", str(world / "t.md")])
+    found = json.loads((world / "t.json").read_text())["runs"][str(world / "run")]
+    p = [100 * np.array(row["probabilities"]) for row in rows]
+    assert found["GenEval 2 AM"]["mean"] == pytest.approx(np.mean([x.mean() for x in p]))
+    assert found["GenEval 2 GM"]["mean"] == pytest.approx(np.mean([np.prod(x) ** (1 / len(x)) for x in p]))
+    assert found["GenEval 2 AM: attribute"]["mean"] == pytest.approx(np.mean([x[3] for x in p if len(x) == 4]))
+    assert found["GenEval 2 AM: count"]["mean"] == pytest.approx(np.mean([x[0] for x in p]))
+    assert found["GenEval 2 GM: 4 atoms"]["mean"] == pytest.approx(np.mean([np.prod(x) ** 0.25 for x in p if len(x) == 4]))
+    assert found["GenEval 2 AM"]["low"] < found["GenEval 2 AM"]["mean"] < found["GenEval 2 AM"]["high"]
+    text = (world / "t.md").read_text()
+    assert "factor of two with guidance and steps" in text and "steps 1, guidance 7.5, seed 42, sampler PNDMScheduler" in text
+    assert "pixels 64" in text and "geneval2" not in evaluate.PAPERS  # --bench geneval2 asks for it
+
+
 def test_a_stop_costs_a_line_of_scores_wherever_it_came(tmp_path):
     path, line = tmp_path / "scores" / "pick.jsonl", '{"path": "é", "group": "a", "index": 0, "value": 1}\n'.encode()
     path.parent.mkdir()
@@ -459,6 +525,65 @@ def test_a_line_of_scores_without_its_keys_is_named(name, bad, tmp_path):
     write_file(str(tmp_path / "scores" / f"{name}.jsonl"), f"{json.dumps(whole)}\n{bad}\n".encode("latin-1"))
     with pytest.raises(UserError, match=f"{name}.jsonl:2 cannot be read .* delete that line"):
         shared.read_scores(str(tmp_path), name)
+
+
+@pytest.mark.parametrize("name, key, values", [
+    ("pick", "value", [None, [1], "no", float("nan"), float("inf"), -1e9, True]), ("clipscore", "value", [7, -3]), ("owl", "value", [7, -3]),
+    ("shapes", "correct", [7, "no", None, 1]), ("geneval", "lenient", [0, None]), ("hps21", "value", [1000]), ("blip", "kind", [3]),
+    ("pick", "group", [3, None, []]), ("pick", "index", ["0", 0.5, None]), ("pick", "path", [[], 3]),
+    ("geneval2", "probabilities", [0.5, [None], [float("nan")], [0.5, -1]])])
+def test_a_score_that_no_judge_gives_is_named(name, key, values, tmp_path):
+    whole = dict(path="a", group="a", index=0, value=0.5, correct=True, lenient=True, details="", kind="all", probabilities=[0.5])
+    for value in values:
+        write_file(str(tmp_path / "scores" / f"{name}.jsonl"), f"{json.dumps(whole)}\n{json.dumps(whole | {key: value})}\n")
+        with pytest.raises(UserError, match=f"{name}.jsonl:2 cannot be read .* delete that line"):
+            shared.read_scores(str(tmp_path), name)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"FID": 3}', '{"FID": 3, "IS": NaN}', '{"FID": "x", "IS": 2}', '{"FID": -1, "IS": 2}'])
+def test_fid_and_is_that_are_no_numbers_are_named(text, tmp_path):
+    write_file(str(tmp_path / "scores" / "coco.json"), text)
+    with pytest.raises(UserError, match="coco.json"):
+        shared.read_coco(str(tmp_path))
+
+
+def test_scores_whose_prompts_or_places_were_edited_are_refused(world, sd, judges):
+    generate(world, sd, "run", "--bench", "hps")
+    score(world, "run")
+    path, note = world / "run" / "scores" / "hps.jsonl", world / "run" / "scores" / "hps" / "settings.json"
+    whole, said, tables = path.read_text(), note.read_text(), ["table", str(world / "run"), "--out", str(world / "t.md")]
+    evaluate.main(tables)
+    first, *rest = whole.splitlines()
+    for change in (dict(prompt="another"), dict(group="photo"), dict(index=1), dict(index=2 ** 40)):
+        path.write_text("\n".join([json.dumps(json.loads(first) | change), *rest, ""]))
+        for command in (tables, ["score", str(world / "run"), "--data", str(world / "data")]):
+            with pytest.raises(SystemExit, match=r"scores/hps.jsonl was changed: an image's prompt, group or index is not the list's. Or delete .*hps\*"):
+                evaluate.main(command)
+    path.write_text("\n".join([*rest, first, ""]))  # another order is no harm
+    evaluate.main(tables)
+    path.write_text(whole)
+    note.unlink()
+    with pytest.raises(SystemExit, match="hps/settings.json is missing, which says of which images these scores are"):
+        evaluate.main(tables)
+    note.write_text(said)
+    evaluate.main(tables)
+    os.remove(world / "run" / "hps" / "photo" / "00001.jpg")
+    evaluate.main(tables)
+    assert "1 of 12 images that hps judged are no longer there, first hps/photo/00001.jpg" in (world / "t.md").read_text()
+
+
+def test_a_table_replaces_tables_only(world, sd):
+    generate(world, "shapes", "run", "--bench", "shapes")
+    score(world, "run")
+    for name in ("my.json", "my.md"):
+        (world / name).write_text('{"mine": 1}')
+        with pytest.raises(SystemExit, match="my.md or .*my.json is there, and is no table of this program: give another --out"):
+            evaluate.main(["table", str(world / "run"), "--out", str(world / "my.md")])
+        assert (world / name).read_text() == '{"mine": 1}' and len([file for file in os.listdir(world) if file.startswith("my.")]) == 1
+        os.remove(world / name)
+    for _ in range(2):  # the program's own table is made anew
+        evaluate.main(["table", str(world / "run"), "--out", str(world / "my.md")])
+    assert (world / "my.md").read_text().startswith("|") and json.loads((world / "my.json").read_text())["runs"]
 
 
 def test_fid_and_is_appear_when_all_images_have_been_seen(world, sd, judges, monkeypatch):
@@ -830,7 +955,46 @@ def test_two_writers_and_a_lack_of_memory_end_in_one_sentence(world, sd, monkeyp
     assert not (world / "run" / "pick").exists() and not [name for name in os.listdir(world / "run") if "partial" in name]
 
 
+def test_weights_put_in_place_by_hand_must_have_the_sha256_of_their_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / os.path.basename(geneval.DETECTOR)
+    path.parent.mkdir()
+    torch.save(dict(state_dict=tiny_judges.mask2former()[1]), path)
+    monkeypatch.setattr(geneval, "DETECTOR_CONFIG", tiny_judges.DETECTOR_CONFIG)
+    config = transformers.Mask2FormerConfig(**tiny_judges.DETECTOR_CONFIG)
+
+    def load(url):
+        return shared.from_url(geneval.mask2former, config, url, lambda found: geneval.mask2former_from_mmdet(found["state_dict"]), "cpu")
+    with pytest.raises(UserError, match=r"c9d0c4f2.pth is not the file of https://.*: its sha256 does not begin with c9d0c4f2. Delete it"):
+        load(geneval.DETECTOR)
+    right = f"https://x/detector-{checksum(str(path))[:8]}.pth"
+    os.rename(path, path.parent / os.path.basename(right))
+    assert load(right).num_parameters() > 0
+
+
+def test_a_grid_names_a_model_that_cannot_be_loaded_before_it_samples_and_keeps_foreign_pictures(sd, tmp_path, monkeypatch):
+    sampled = []
+    monkeypatch.setattr(evaluate, "sample_images", lambda *arguments: sampled.append(1) or [Image.new("RGB", (8, 8))] * len(arguments[1]))
+    out, command = tmp_path / "g.png", ["grid", "--prompts", PROMPTS, "--out", str(tmp_path / "g.png"), "--models", sd]
+    with pytest.raises(SystemExit, match="there is no folder .*none"):
+        evaluate.main([*command, str(tmp_path / "none")])
+    assert not sampled and not out.exists()
+    for _ in range(2):  # its own picture is made anew
+        evaluate.main(command)
+    Image.new("RGB", (8, 8), "red").save(out)
+    for content in (out.read_bytes(), b"no picture"):
+        out.write_bytes(content)
+        with pytest.raises(SystemExit, match="g.png is there, and is no picture of this program: give another --out"):
+            evaluate.main(command)
+        assert out.read_bytes() == content
+
+
 def test_what_is_only_in_requirements_eval_is_asked_for(monkeypatch):
+    for missing in ({"spacy": None}, {"spacy": types.SimpleNamespace(load=lambda name: open("/none/" + name))}):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "spacy", missing["spacy"])
+            with pytest.raises(UserError, match=r"(spacy|en_core_web_sm).*: pip install -r requirements-eval.txt"):
+                compbench.load_spacy()
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(UserError, match="pip install -r requirements-eval.txt"):
         fid.load_inception("cpu")
