@@ -15,7 +15,6 @@ hub id or a local diffusers folder; its family is read from the folder's model_i
 is least noise.
 """
 
-import functools
 import glob
 import inspect
 import json
@@ -291,15 +290,14 @@ def initial_noise(seed, shape):
 
 # ---- loading
 
+
 def read_name(name):
     """A model's name -> the folder or hub id that it stands for, and the variant of its weights. NAME@fp16 asks for
     the files *.fp16.safetensors; None is the plain ones. A folder goes before a preset of the same name."""
-    variant = None if os.path.isdir(name) else re.fullmatch(r"(.+)@(\w+)", name)
-    path, variant = variant.groups() if variant else (name, None)
-    if path in PRESETS and os.path.isfile(os.path.join(path, "model_index.json")):
-        warn_once(f"note: {path} is here the folder {os.path.abspath(path)}, not the preset {path}")
-        return path, variant
-    return PRESETS.get(path, path), variant
+    asked = None if os.path.isdir(name) else re.fullmatch(r"(.+)@(\w+)", name)
+    path, variant = asked.groups() if asked else (name, None)
+    here = os.path.isfile(os.path.join(path, "model_index.json"))
+    return path if here else PRESETS.get(path, path), variant
 
 
 def full_name(name):
@@ -308,12 +306,6 @@ def full_name(name):
     if path == PRESETS["shapes"]:
         return "shapes"
     return (os.path.abspath(path) if os.path.isdir(path) else path) + f"@{variant}" * bool(variant)
-
-
-@functools.cache
-def warn_once(text):
-    if is_first():
-        print(text, file=sys.stderr)
 
 
 def find(name):
@@ -373,6 +365,8 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
         folder, config = find(base)
     except UserError as error:
         raise UserError(f"{name} is an adapter of another model: {error}" if adapter else str(error)) from None
+    if base in PRESETS and folder == base and is_first():
+        print(f"note: {base} is the folder {os.path.abspath(base)}, not the preset", file=sys.stderr)
     preset, variant = preset_of(base), read_name(base)[1]
     if folder in CHECKSUMS and CHECKSUMS[folder] != folder_checksum(folder):
         raise UserError(f"{folder} is not as it is in this repository: git checkout brings it back. If you made it "

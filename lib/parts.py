@@ -27,6 +27,7 @@ diffusers.utils.logging.disable_progress_bar()
 # The safety checker replaces images by black ones, which has no place in training data or in a benchmark.
 WITHOUT = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 LORA = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+VARIANT = r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors"  # in the name of a file with weights
 
 
 @contextlib.contextmanager
@@ -39,6 +40,7 @@ def naming(what):
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         line = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]  # the layer that does not fit
+        line += ". If it is a pointer of git-lfs: git lfs pull brings the weights" * ("header too large" in line)
         raise UserError(f"{what} cannot be loaded (safetensors only): {line}") from None
 
 
@@ -63,15 +65,15 @@ def download(path, variant):
     except (OSError, ValueError) as error:
         # what diffusers itself says of the hub's errors speaks of a stack trace
         cause = error if isinstance(error, HfHubHTTPError) or not error.__cause__ else error.__cause__
-        first, only = str(cause).strip().splitlines()[0], re.search(r"\.(\w+)(-\d+-of-\d+)?\.safetensors'", str(cause))
+        first, variants = str(cause).strip().splitlines()[0], re.findall(VARIANT, str(cause))
         if isinstance(cause, GatedRepoError):
             why = f"access to it is restricted: ask for it at https://huggingface.co/{path}, then hf auth login."
         elif isinstance(cause, RepositoryNotFoundError):
             why = "the hub has no such model, or it is private (hf auth login)."
         elif not online:
             why = f"the hub could not be reached, and the cache has no whole {path}."
-        elif only and not variant:
-            why = f"it has only weights of the variant {only[1]}: give {path}@{only[1]}."
+        elif variants and not variant:
+            why = f"it has only weights of the variant {variants[0]}: give {path}@{variants[0]}."
         else:
             why = f"the hub says: {first}"
         raise UserError(why) from None
@@ -83,17 +85,13 @@ def weight_files(folder, part, variant=None):
     for infix in (f".{variant}", "") if variant else ("",):
         for stem in ("diffusion_pytorch_model", "model"):
             index = os.path.join(folder, part, f"{stem}.safetensors.index{infix}.json")
-            names = [f"{stem}{infix}.safetensors"]
+            plain = os.path.join(folder, part, f"{stem}{infix}.safetensors")
             if os.path.isfile(index):
                 with naming(index):
-                    names = sorted(set(read_json(index)["weight_map"].values()))
-            paths = [os.path.join(folder, part, name) for name in names]
-            for path in filter(os.path.isfile, paths):
-                with open(path, "rb") as file:
-                    if file.read(12) == b"version http":
-                        raise UserError(f"{path} is a pointer of git-lfs and no weights: run git lfs pull.")
-            if os.path.isfile(index) or os.path.isfile(paths[0]):
-                return paths
+                    names = set(read_json(index)["weight_map"].values())
+                    return sorted(os.path.join(folder, part, name) for name in names)
+            if os.path.isfile(plain):
+                return [plain]
     return []
 
 
@@ -112,7 +110,7 @@ def load_part(folder, part, library, kind, dtype, variant=None):
                 raise UserError(f"{what} has no vocabulary.")
             return loaded
         files = [os.path.basename(file) for file in weight_files(folder, part, variant)]
-        others = re.findall(r"\.(\w+?)(?:-\d+-of-\d+)?\.safetensors\n", "\n".join([*sorted(os.listdir(path)), ""]))
+        others = re.findall(VARIANT, " ".join(sorted(os.listdir(path))))
         if others and not files:
             raise UserError(f"{what} has only weights of the variant {others[0]}: give the model's name as "
                             f"NAME@{others[0]}.")
