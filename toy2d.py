@@ -142,7 +142,7 @@ def pair_loss(objective, theta, ref, x_0_w, x_0_l, c, c_minus, t, eps, beta):
     return loss_w + loss_l if objective == "guidance" else loss_l  # at both states, or at the loser's only
 
 
-def tune(ref, pairs, seed, objective, beta, lr, updates=300, batch=128):
+def finetune(ref, pairs, seed, objective, beta, lr, updates=300, batch=128):
     """The seed fixes which pairs, which t and which eps each update sees: the same for every objective and setting."""
     theta = copy.deepcopy(ref).requires_grad_(True)
     optimizer = torch.optim.Adam(theta.parameters(), lr, fused=True)
@@ -216,7 +216,7 @@ def main(argv=None):
         ref, on_device = ref.to(args.device), [x.to(args.device) for x in pairs]
         samples = {"Reference": sample_classes(ref, args.device)}
         for (name, objective), (beta, lr) in zip(OBJECTIVES.items(), SETTINGS[args.pairs]):
-            samples[name] = sample_classes(tune(ref, on_device, seed, objective, beta, lr), args.device)
+            samples[name] = sample_classes(finetune(ref, on_device, seed, objective, beta, lr), args.device)
         results.append((samples, pairs))
     scores = {name: np.array([quality(samples[name]) for samples, _ in results]) for name in samples}
     print(quality_table(f"N = 2, pairs {args.pairs}, {len(SEEDS)} seeds", scores))

@@ -35,7 +35,7 @@ def run_all(settings, seeds):
         pairs = {source: toy2d.draw_pairs(ref, seed, max(COUNTS), source) for source in SETTINGS}
         for i, (source, n, name, beta, lr, updates) in enumerate(settings):
             first = [x[:n * toy2d.K] for x in pairs[source]]
-            theta = toy2d.tune(ref, first, seed, OBJECTIVES[name], beta, lr, updates)
+            theta = toy2d.finetune(ref, first, seed, OBJECTIVES[name], beta, lr, updates)
             values[i, j] = toy2d.quality(toy2d.sample_classes(theta))
             bar.update()
     bar.close()

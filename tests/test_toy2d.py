@@ -157,7 +157,7 @@ def test_every_objective_sees_the_same_draws_and_every_t(monkeypatch):
     monkeypatch.setattr(toy2d, "pair_loss", record)
     before = [x.clone() for x in ref.parameters()]
     for objective in ("diffusion-dpo", "ddspo"):
-        theta = toy2d.tune(ref, pairs, 0, objective, 1, 1e-3, updates=40)
+        theta = toy2d.finetune(ref, pairs, 0, objective, 1, 1e-3, updates=40)
         assert all((a != b).any() for a, b in zip(theta.parameters(), ref.parameters()))
     assert all((a == b).all() for a, b in zip(before, ref.parameters()))
     assert len(seen) == 80 and set(torch.cat([batch[4] for batch in seen]).tolist()) == set(range(toy2d.T))
@@ -171,7 +171,7 @@ def test_every_seed_and_setting_gets_its_own_result(monkeypatch):
     """run_all's bookkeeping, with a stand-in for tuning that says which run it was."""
     monkeypatch.setattr(toy2d, "train_reference", lambda seed: seed)
     monkeypatch.setattr(toy2d, "draw_pairs", lambda ref, seed, n, source: [source + "x" * 1000])
-    monkeypatch.setattr(toy2d, "tune", lambda ref, pairs, seed, *setting: [seed, setting[2], len(pairs[0])])
+    monkeypatch.setattr(toy2d, "finetune", lambda ref, pairs, seed, *setting: [seed, setting[2], len(pairs[0])])
     monkeypatch.setattr(toy2d, "sample_classes", lambda model: model)
     monkeypatch.setattr(toy2d, "quality", lambda samples: samples)
     settings = [("apart", 2, "DDSPO", 1, 0.5, 300), ("clean", 4, "D-DPO", 1, 0.25, 300)]
@@ -185,7 +185,7 @@ def test_a_run_tunes_with_its_own_pairs_and_setting(monkeypatch):
     values = toy2d_sweep.run_all([("shared-noise", 3, "DDSPO", 2, 1e-3, 4), ("apart", 2, "DDSPO", 1, 0, 0)], [7])
     ref = toy2d.train_reference(7)
     pairs = toy2d.draw_pairs(ref, 7, 3, "shared-noise")
-    tuned = toy2d.sample_classes(toy2d.tune(ref, pairs, 7, "ddspo", 2, 1e-3, updates=4))
+    tuned = toy2d.sample_classes(toy2d.finetune(ref, pairs, 7, "ddspo", 2, 1e-3, updates=4))
     assert values[0, 0].tolist() == toy2d.quality(tuned)
     assert values[1, 0].tolist() == toy2d.quality(toy2d.sample_classes(ref)) != toy2d.quality(tuned)
 
@@ -200,7 +200,7 @@ def test_the_figure_s_program_tunes_each_method_with_its_own_setting_and_shows_t
     monkeypatch.setattr(toy2d, "train_reference", lambda seed: torch.nn.Identity())
     monkeypatch.setattr(toy2d, "draw_pairs", lambda ref, seed, n, source: [torch.tensor([seed, n]), source])
     monkeypatch.setattr(torch.Tensor, "to", lambda x, device: x.clone())
-    monkeypatch.setattr(toy2d, "tune", lambda ref, pairs, seed, *how: (seed, *how))
+    monkeypatch.setattr(toy2d, "finetune", lambda ref, pairs, seed, *how: (seed, *how))
     monkeypatch.setattr(toy2d, "sample_classes", lambda model, device: (9,) if isinstance(model, torch.nn.Identity) else model)
     monkeypatch.setattr(toy2d, "quality", quality)
     monkeypatch.setattr(toy2d, "draw_figure", lambda *arguments: shown.append(arguments))
@@ -233,7 +233,7 @@ def test_tuning_and_sampling_stay_on_the_device_of_the_model(monkeypatch):
     ref = toy2d.Denoiser(0).requires_grad_(False)
     pairs = [x.to("meta") for x in toy2d.draw_pairs(ref, 0, 2)]
     for objective in toy2d.OBJECTIVES.values():
-        theta = toy2d.tune(ref.to("meta"), pairs, 0, objective, 1, 1e-3, updates=2)
+        theta = toy2d.finetune(ref.to("meta"), pairs, 0, objective, 1, 1e-3, updates=2)
         assert toy2d.sample_classes(theta, "meta", 3).device.type == "meta"
 
 
