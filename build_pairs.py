@@ -169,7 +169,8 @@ def parse(argv):
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--inspect", metavar="STORE", help="only say and draw what is in a store, and what is wrong")
-    add("--model", type=os.path.normpath, help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder")
+    add("--model", type=os.path.normpath,
+        help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder; NAME@fp16 takes the files of a variant")
     add("--prompts", default="perturbed.jsonl", help="what perturb.py wrote (default: perturbed.jsonl)")
     add("--out", help="the pair store (default: pairs/MODEL)")
     add("--from-images", metavar="PATH", help="instead of --prompts: a folder with a metadata.jsonl (c, winner and "

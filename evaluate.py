@@ -244,7 +244,7 @@ def grid(args):
         raise UserError(f"{args.prompts} has no prompts in it.")
     if os.path.exists(args.out) and not is_ours(args.out):
         raise UserError(f"{args.out} is there, and is no picture of this program: give another --out.")
-    columns, device = [], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    columns, device = [], place()[2]
     for name in args.models[1:]:  # load every model once: one that cannot be loaded is an error now, not in an hour
         load_model(name, args, device)
     for name in args.models:

@@ -317,7 +317,7 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, type=lambda path: path.rstrip("/"),
-        help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder")
+        help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder; NAME@fp16 takes the files of a variant")
     add("--task", choices=["alignment", "aesthetic"], default="alignment", help="Table 1 or 2: its defaults and pairs")
     add("--pairs", help="the pair store (default: pairs/MODEL, for Table 2 pairs/MODEL-aesthetic)")
     add("--out", help="the run's folder (default: runs/ and model, task and method)")
@@ -370,7 +370,8 @@ def check(args):
     if missing := [f"--{name}" for name in (strength, "lr") if name and getattr(args, name) is None]:
         raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}"
                         f"{' and policies' if args.winner else ''}: give {' and '.join(missing)}.")
-    if args.warmup > args.updates:
+    exports = os.path.exists(os.path.join(args.out, f"checkpoint-{args.updates:06d}.pt"))  # and trains no more
+    if args.warmup > args.updates and not exports:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates, which would end at "
                         f"{args.updates / args.warmup:.2g} of --lr: give a --warmup of at most --updates.")
     if args.precision == "tf32" and not gpu:

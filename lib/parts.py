@@ -49,7 +49,8 @@ def download(path, variant):
     """The folder in the cache with the files of a hub id. Without a network one short question to the hub is enough:
     each of its own functions would try for half a minute."""
     if checkpoint := re.search(r"checkpoint-0*(\d+)\.pt$", path):
-        raise UserError(f"the command that began this run, with --updates {checkpoint[1]}, makes a model of it.")
+        raise UserError(f"the command that began this run, with --updates {checkpoint[1]}, makes a model of its newest "
+                        "checkpoint, if that is this one.")
     if os.path.isfile(path):
         raise UserError("it is a file, not a folder; README.md has a command that makes a folder of a single file.")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):

@@ -257,7 +257,7 @@ def test_a_name_that_is_none_is_answered_by_what_to_give_instead(sd, tmp_path, m
     Path("mine.safetensors").touch()
     refused("runs/x", "runs/x is no diffusers folder: it has no model_index.json: give runs/x/lora")
     refused("runs/y/", "runs/y/ is no diffusers folder: it has no model_index.json: give runs/y/pipeline")
-    refused("checkpoint-000040.pt", "the command that began this run, with --updates 40, makes a model of it")
+    refused("checkpoint-000040.pt", "the command that began this run, with --updates 40, makes a model of its newest checkpoint, if that")
     refused("mine.safetensors", "it is a file, not a folder; README.md has a command that makes a folder of a single file")
     for name in ("nothing", "./no/where", "/no/where", "runs/x/typo", "typo.safetensors"):
         refused(name, f"{re.escape(name)} is no preset .* and no folder: there is no folder {re.escape(name)}")
@@ -446,10 +446,11 @@ def in_cache(folder, cache, name):
 
 def test_a_checkpoint_becomes_a_model_by_the_runs_command_with_fewer_updates(sd, pairs, tmp_path):
     out = tmp_path / "run"
-    train.main(["--model", sd, "--pairs", pairs, "--out", str(out), "--updates", "2", "--save-every", "1", *RUN])
+    flags = ["--model", sd, "--pairs", pairs, "--out", str(out), *RUN, "--warmup", "2", "--updates"]
+    train.main([*flags, "2", "--save-every", "1"])
     (out / "checkpoint-000002.pt").unlink()
     shutil.rmtree(out / "pipeline")
-    tune(sd, pairs, out)
+    train.main([*flags, "1"])
     tuned = diffusers.UNet2DConditionModel.from_pretrained(out / "pipeline" / "unet").state_dict()
     trained = torch.load(out / "checkpoint-000001.pt", weights_only=True)["net"]
     assert all(torch.equal(x, trained[name]) for name, x in tuned.items())
