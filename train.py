@@ -20,6 +20,8 @@ import sys
 import time
 import types
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
+
 import numpy as np
 import torch
 import torch._functorch.config
@@ -75,7 +77,8 @@ def micro_batches(store, model, args, some, device):
         c, c_minus, x_0_w, x_0_l, t, eps = zip(*examples)
         tensors = [torch.stack(x_0_w), torch.stack(x_0_l), torch.tensor(t), torch.stack(eps)]
         if device.type == "cuda":  # so that the copies do not wait for the GPU's work
-            tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
+            tensors = [x.pin_memory() for x in tensors]
+        tensors = [x.to(device, non_blocking=True) for x in tensors]
         encoded = model.encode(c + c_minus if both else c)  # {name: (2B or B, ...)}
         for k in range(0, len(t), size):
             rows = slice(k, min(k + size, len(t)))
