@@ -14,6 +14,8 @@ import argparse
 import os
 import shlex
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
+
 import diffusers
 import torch
 from PIL import Image

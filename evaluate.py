@@ -20,6 +20,8 @@ import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
+
 import numpy as np
 import torch
 from PIL import Image

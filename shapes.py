@@ -17,6 +17,8 @@ import os
 import shlex
 import textwrap
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
+
 import numpy as np
 import torch
 import torch.nn.functional as F

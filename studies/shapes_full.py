@@ -19,6 +19,8 @@ import itertools
 import json
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
+
 import numpy as np
 import torch
 from safetensors.torch import save_file

@@ -15,6 +15,8 @@ import os
 import platform
 import time
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
+
 import numpy as np
 import torch
 import torch.nn.functional as F

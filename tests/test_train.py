@@ -1,6 +1,7 @@
 """train.py: the step against the equations written out, and one result whatever happens on the way."""
 
 import argparse
+import ast
 import copy
 import functools
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 import types
 
@@ -963,3 +965,20 @@ def test_curves_show_the_numbers_of_the_log(straight, tmp_path, monkeypatch):
     assert list(np.isfinite(np.ma.filled(np.ma.array(drawn["winner_by_t"][0]).astype(float), np.nan))) == last
     for name in ("accuracy", "drift", "grad_norm", "lr"):
         assert drawn[name] == [[row[name] for row in log]]
+
+
+# ---- a busy machine
+
+
+PROGRAMS = ["train.py", "build_pairs.py", "evaluate.py", "shapes.py", "studies/shapes_full.py", "studies/shapes_reference.py"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_threads_that_wait_sleep_because_torch_is_told_before_it_is_imported(program):
+    for statement in ast.parse(open(os.path.join(launch.ROOT, program)).read()).body:
+        if "OMP_WAIT_POLICY" in ast.unparse(statement) and isinstance(statement, ast.Expr):
+            return
+        names = [name.name for name in getattr(statement, "names", [])] if isinstance(statement, ast.Import) else []
+        names += [statement.module] if isinstance(statement, ast.ImportFrom) else []
+        assert all(name.split(".")[0] in sys.stdlib_module_names for name in names)
+    raise AssertionError("it does not tell torch")
