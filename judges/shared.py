@@ -75,7 +75,7 @@ def settings_of(model, args):
                  sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
                  pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)
     base = models.training_of(args.model, "model") or args.model  # what the model was tuned from
-    base = {path: preset for preset, path in models.PRESETS.items()}.get(base, base)
+    base = {path: preset for preset, path in models.PRESETS.items()}.get(models.read_name(base)[0], base)
     return fixed, dict(model=args.model, unet=args.unet, base=base, lists={},
                        versions=f"torch {torch.__version__}, diffusers {diffusers.__version__}")
 
@@ -114,7 +114,7 @@ def read_scores(run, name):
                 if not fits(row[key], what):
                     raise ValueError(f"{key} cannot be {row[key]!r}")
             rows[row["path"]] = row
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}:{number} cannot be read ({error!r}): delete that line and give the command of "
                             "score again.") from None
     return rows
@@ -308,7 +308,10 @@ def per_prompt(rows, key="value"):
 def interval(groups):
     """The mean over groups of their means, with its 95 % interval from resampling each group's prompts.
 
-    `groups` {group: (prompts,)}. Seeds are groups too. For a paired difference give the differences of prompts."""
+    `groups` {group: (prompts,)}. Seeds are groups too. For a paired difference give the differences of prompts. A
+    number in their place has no interval."""
+    if not isinstance(groups, dict):
+        return dict(mean=groups)
     rng = np.random.default_rng(0)
     means = [values[rng.integers(len(values), size=(1000, len(values)))].mean(1) for values in groups.values()]
     low, high = np.percentile(np.mean(means, 0), [2.5, 97.5])

@@ -131,11 +131,6 @@ def collect(run, benchmarks):
     return found | read_coco(run)
 
 
-def cell(value):
-    """What the table's JSON file holds of a metric's value. FID and IS are numbers, which have no interval."""
-    return interval(value) if isinstance(value, dict) else dict(mean=value)
-
-
 def compare(run, first, found, settings, judges):
     """({metric: run less first, prompt by prompt}, remarks on what is not the same in both)."""
     other = [key for key in FIXED[1:] if settings[run][key] != settings[first][key]]
@@ -167,11 +162,11 @@ def make_table(runs, benchmarks):
             for name in benchmarks[bench][2]:
                 scores = list(read_scores(run, name).values()) if name in VALUES else []
                 if scores or name not in VALUES and read_coco(run):
-                    judges[run][name] = note_scores(run, name, bench, scores)["judge"]
+                    judges[run][name] = note_scores(run, name, bench, scores).get("judge")
                 gone = [row["path"] for row in scores if not os.path.exists(os.path.join(run, row["path"]))]
                 remarks += [f"{run}: {len(gone)} of {len(scores)} images that {name} judged are no longer there, first "
                             f"{gone[0]}"] if gone else []
-        rows[run] = {metric: cell(value) for metric, value in found[run].items()}
+        rows[run] = {metric: interval(value) for metric, value in found[run].items()}
         rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in found[run] if ":" not in metric}
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
     if not any(found.values()):
@@ -180,7 +175,7 @@ def make_table(runs, benchmarks):
         paired, more = compare(run, runs[0], found, settings, judges)
         remarks += more
         if paired:
-            rows[f"{run} − {runs[0]}"] = {metric: cell(value) for metric, value in paired.items()}
+            rows[f"{run} − {runs[0]}"] = {metric: interval(value) for metric, value in paired.items()}
     remarks += [f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
                                        if value is not None and key != "lists") for run in runs]
     paper = {f"paper, {source}: {row}": {  # the paper's GenEval is by the lenient rule

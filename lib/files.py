@@ -57,6 +57,17 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({error}).") from None
 
 
+def read_text(path):
+    """The text of a file. Raises UserError where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeError:
+        raise UserError(f"{path} is not UTF-8: save the file as UTF-8.") from None
+
+
 def text_lines(path):
     """Yields (number, line) for each line of a text file. What is not UTF-8 becomes half characters, the zeros of
     UTF-16 too, and check_rows names them."""
@@ -130,5 +141,7 @@ def same_settings(path, settings, notes=()):
     if not os.path.exists(path):
         stop_if_foreign(path)
         write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
-    elif what := difference(read_json(path), settings):
+    elif not isinstance(found := read_json(path), dict):
+        raise UserError(f"{path} is not what was written there: move {folder} away, or give another name.")
+    elif what := difference(found, settings):
         raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")

@@ -225,6 +225,26 @@ def test_other_settings_are_not_mixed_into_a_folder(world, sd):
         generate(world, sd, "run", "--bench", "pick")
 
 
+def test_settings_and_notes_that_are_no_objects_end_in_a_sentence(world, sd):
+    generate(world, "shapes", "run", "--bench", "shapes")
+    score(world, "run")
+    note, settings = world / "run" / "scores" / "shapes" / "settings.json", world / "run" / "settings.json"
+    whole = note.read_text()
+    for text in ("[]", "5", '"x"', "null"):
+        note.write_text(text)
+        for command in (["score", str(world / "run"), "--data", str(world / "data")], ["table", str(world / "run"), "--out", str(world / "t.md")]):
+            with pytest.raises(SystemExit, match=r"scores/shapes/settings.json is not what was written there.* Or delete .*scores/shapes\*"):
+                evaluate.main(command)
+    note.write_text(whole)
+    for text in ("[]", "5", "{}", '{"lists": []}', json.dumps(json.loads(settings.read_text()) | dict(lists=[]))):
+        settings.write_text(text)
+        with pytest.raises(SystemExit, match="cannot read .*run/settings.json"):
+            score(world, "run")
+    settings.write_text("[]")
+    with pytest.raises(SystemExit, match="run/settings.json is not what was written there"):
+        generate(world, "shapes", "run", "--bench", "shapes")
+
+
 def test_a_pair_store_and_a_run_of_train_py_are_no_place_for_images(world, sd, pairs):
     (world / "run" / "checkpoint").mkdir(parents=True)
     (world / "run" / "log.jsonl").write_text("{}\n")
