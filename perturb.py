@@ -4,19 +4,21 @@
     torchrun perturb.py diffusiondb perturbed.jsonl --limit 200000 --strategy llama-aesthetic
 
 random-removal, Sec. 4.2: 40 to 70 % of the tokens are removed at random, so that c_minus says less than c. A token is a
-word here, as in the authors' code, so that any text encoder can read what is left. One word cannot both stay and go:
+word here, as in the authors' code, so that any text encoder can read what is left; a tag in tags without spaces; and a
+letter where a prompt is written without spaces, as in Chinese, Japanese and Thai. One word cannot both stay and go:
 prompts of one word, and empty ones, give no pair; they are left out and counted.
 
 llama-alignment and llama-aesthetic, Sec. 4.3, 4.4: a chat model rewrites c. Its answers are a function of the prompts
 and the flags, not of the number of processes. They are kept in OUT.parts, so that a stopped run goes on when its
-command is given again.
+command is given again. --template takes the authors' instructions in place of ours.
 
-In: a text file, one prompt a line; a .jsonl or .parquet file with a column `prompt` and, if wished, an `id`; or
+In: a text file, one prompt a line; a .jsonl, .csv or .parquet file with a column `prompt` and, if wished, an `id`; or
 `diffusiondb`, the paper's prompts. Of equal prompts the first is taken.
 Out: .jsonl, a line a pair: id, c, c_minus, strategy, perturb_seed (and llm).
 """
 
 import argparse
+import collections
 import json
 import math
 import os
@@ -24,9 +26,10 @@ import random
 
 from tqdm import tqdm
 
-from lib.files import UserError, count, json_lines, same_settings, text_checksum, to_lines, write_file
+from lib.chat import VAGUE, load_llm, read_answer, words_of
+from lib.files import UserError, count, json_lines, read_text, same_settings, text_checksum, to_lines, write_file
 from lib.processes import at_least, barrier, given_flags, is_first, processes, program
-from lib.prompts import is_perturbed, read_answer, sample_prompts
+from lib.prompts import is_perturbed, sample_prompts, split_tokens
 
 # ---- random removal
 
@@ -44,7 +47,7 @@ def remove_words(c, seed=0, low=0.4, high=0.7):
     """
     if not 0 < low <= high < 1:
         raise UserError(f"--low and --high must satisfy 0 < low <= high < 1, not {low} and {high}.")
-    words = c.split()
+    words, join = split_tokens(c)
     n = len(words)
     if n < 2:
         raise UserError(f"a prompt needs two words or more to lose some of them, not {c!r}.")
@@ -54,7 +57,7 @@ def remove_words(c, seed=0, low=0.4, high=0.7):
         fewest = most = round((low + high) / 2 * n)
     removed = min(max(rng.randint(fewest, most), 1), n - 1)
     gone = set(rng.sample(range(n), removed))
-    return " ".join(word for i, word in enumerate(words) if i not in gone)
+    return join([word for i, word in enumerate(words) if i not in gone])
 
 
 # ---- rewriting by a chat model
@@ -73,74 +76,56 @@ composition.""" + ANSWER}
 PART = 512  # prompts in a file of finished answers: a stopped process repeats at most so many (guess)
 
 
-def rewrite(rows, ask, attempts, seed):
+def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
     """[(id, c)] -> [dict(id, c, c_minus)], or dict(id, c, answer, reason) where no attempt gave a usable answer.
-    ask(prompts, seed) -> answers. Each attempt has its own seed and asks for what is still missing."""
-    results, left = {}, rows
+
+    ask(prompts, seed) -> answers, and read(answer, c) -> c_minus, as lib/chat.py has them. Each attempt asks for what
+    is still missing, with another seed for each batch. Prompts of like length are asked together: less padding."""
+    results, left = {}, sorted(rows, key=lambda row: len(row[1]))
+
+    def settled(name):
+        return results[name].get("reason", VAGUE) == VAGUE
+
     for attempt in range(attempts):
-        answers = ask([c for _, c in left], random.Random(f"{seed} {attempt}").getrandbits(63)) if left else []
-        for (name, c), answer in zip(left, answers, strict=True):
-            try:
-                results[name] = dict(id=name, c=c, c_minus=read_answer(answer, c))
-            except ValueError as error:
-                results[name] = dict(id=name, c=c, answer=answer, reason=str(error))
-        left = [(name, c) for name, c in left if "reason" in results[name]]
+        for start in range(0, len(left), batch_size):
+            batch = left[start:start + batch_size]
+            answers = ask([c for _, c in batch], random.Random(f"{seed} {attempt} {start}").getrandbits(63))
+            for (name, c), answer in zip(batch, answers, strict=True):
+                try:
+                    results[name] = dict(id=name, c=c, c_minus=read(answer, c))
+                except ValueError as error:
+                    results[name] = dict(id=name, c=c, answer=answer, reason=str(error))
+            if not (bar.n or bar.disable):  # a wrong instruction is seen at once
+                tqdm.write(f"for example: {results[batch[0][0]]}")
+            bar.update(sum(settled(name) for name, _ in batch))
+        left = [(name, c) for name, c in left if not settled(name)]
+    bar.update(len(left))
     return [results[name] for name, _ in rows]
 
 
-def load_llm(name, instruction, batch_size, device):
-    """A chat model, as ask(prompts, seed) -> answers. Reads safetensors only, and runs no code of the model's own."""
-    import torch
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
-        llm = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True,
-            trust_remote_code=False).to(device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--llm {name} is no folder or hub id of a chat model that can be loaded (safetensors only; "
-                        "without a network, from the cache). " + str(error).strip().split("\n")[0]) from None
-    if not tokenizer.chat_template:
-        raise UserError(f"--llm {name} has no chat template: it was not made to follow instructions.")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
-
-    def ask(prompts, seed):
-        torch.manual_seed(seed)
-        answers = []
-        for start in range(0, len(prompts), batch_size):
-            # The instruction is in the user's message, because some templates have no other. "<|eot_id|>" in a prompt
-            # from the web must not end the message, and a model that can think aloud must not do so.
-            chats = [[dict(role="user", content=f"{instruction}\n\n{json.dumps(dict(prompt=c), ensure_ascii=False)}")]
-                     for c in prompts[start:start + batch_size]]
-            tokens = tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, enable_thinking=False, sanitize_control_tokens=True, padding=True,
-                return_dict=True, return_tensors="pt").to(device)  # (B, length)
-            out = llm.generate(**tokens, do_sample=True, temperature=0.7, max_new_tokens=256,  # both: script
-                               pad_token_id=tokenizer.pad_token_id)  # (B, length + length of the answers)
-            answers += tokenizer.batch_decode(out[:, tokens["input_ids"].shape[1]:], skip_special_tokens=True)
-        return answers
-
-    return ask
-
-
-def rewrite_all(args, prompts):
+def rewrite_all(args, instruction, strategy, prompts):
     """Rewrites [(id, c)] with all processes, part by part, in the folder OUT.parts. Returns what `rewrite` makes of
     them."""
-    folder, instruction = args.out + ".parts", INSTRUCTIONS[args.strategy]
+    folder, told = args.out + ".parts", f" {' '.join(words_of(instruction))} "
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
+
+    def read(answer, c):
+        return read_answer(answer, c, told, args.strategy == "llama-alignment", args.seed)
+
     with processes(folder) as (rank, world, device):
         if rank == 0:
             same_settings(os.path.join(folder, "settings.json"), dict(
-                strategy=args.strategy, perturb_seed=args.seed, llm=args.llm, batch_size=args.batch_size,
+                strategy=strategy, perturb_seed=args.seed, llm=args.llm, batch_size=args.batch_size,
                 attempts=args.attempts, part=PART,
                 prompts=text_checksum(json.dumps([instruction, prompts]))))
         barrier()
-        todo = [(k, path) for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)]
-        ask = load_llm(args.llm, instruction, args.batch_size, device) if todo else None
-        for k, path in tqdm(todo, f"rewrite, {PART} prompts at a time", disable=rank > 0):
-            write_file(path, to_lines(rewrite(parts[path], ask, args.attempts, f"{args.seed} {k}")))
+        todo = {path: k for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)}
+        ask = load_llm(args.llm, instruction, device) if todo else None
+        with tqdm(desc="rewrite", total=sum(len(parts[path]) for path in todo), disable=rank > 0) as bar:
+            for path, k in todo.items():
+                rows = rewrite(parts[path], ask, read, args.attempts, f"{args.seed} {k}", args.batch_size, bar)
+                write_file(path, to_lines(rows))
         barrier()
         return [row for path in parts for _, row in json_lines(path)]
 
@@ -157,7 +142,11 @@ def main(argv=None):
     prompts = sample_prompts(args.prompts, 1 if rewriting else 2, args.limit, args.seed)
     how = dict(strategy=args.strategy, perturb_seed=args.seed)
     if rewriting:
-        rows, how = rewrite_all(args, prompts), how | dict(llm=args.llm)
+        instruction, how = INSTRUCTIONS[args.strategy], how | dict(llm=args.llm)
+        if args.template:
+            instruction = read_text(args.template)
+            how["strategy"] += f", template {text_checksum(instruction)[:16]}"
+        rows = rewrite_all(args, instruction, how["strategy"], prompts)
     else:
         rows = [dict(id=name, c=c, c_minus=remove_words(c, args.seed, args.low, args.high)) for name, c in prompts]
     if not is_first():
@@ -167,8 +156,9 @@ def main(argv=None):
     if rewriting:
         write_file(args.out + ".rejected.jsonl", to_lines(rejected))
     if rejected:
+        reasons = collections.Counter(row["reason"] for row in rejected).most_common()
         print(f"rejected {count(rejected, 'prompt')}, after {args.attempts} unusable answers to each: "
-              f"{args.out}.rejected.jsonl")
+              f"{args.out}.rejected.jsonl\nlast reasons: " + ", ".join(f"{reason} ({n})" for reason, n in reasons))
     if not good:
         raise UserError(f"{args.llm} gave no usable answer; {args.out} was not written.")
     write_file(args.out, to_lines(good))
@@ -180,25 +170,28 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="perturb.py PROMPTS OUT [flags]",
                                      allow_abbrev=False)
     add = parser.add_argument
-    add("prompts", help="a text file, one prompt a line; a .jsonl or .parquet file with `prompt`; or diffusiondb")
+    add("prompts", help="a text file, one prompt a line; a .jsonl, .csv or .parquet file; or diffusiondb")
     add("out", help="the .jsonl file to write")
     add("--strategy", choices=["random-removal", *INSTRUCTIONS], default="random-removal")
     add("--limit", type=at_least(1), help="take a sample of so many prompts (default: all)")
     add("--seed", type=int, default=0, help="of the removal or of the answers (default: 0)")
     add("--low", type=float, default=0.4, help="least share of words to remove (paper: 0.4)")
     add("--high", type=float, default=0.7, help="largest share of words to remove (paper: 0.7)")
+    add("--template", help="a file with the instruction to the chat model, as the authors' (default: our own)")
     add("--llm", default="meta-llama/Meta-Llama-3-8B-Instruct", help="a chat model, hub id or folder "
         "(default: meta-llama/Meta-Llama-3-8B-Instruct)")
     add("--batch-size", type=at_least(1), default=64, help="prompts that the chat model reads at once (script: 64)")
     add("--attempts", type=at_least(1), default=3, help="answers to a prompt before it is rejected (guess: 3)")
     args = parser.parse_args(argv)
     rewriting = args.strategy in INSTRUCTIONS
-    foreign = {"low", "high"} if rewriting else {"llm", "batch_size", "attempts"}
+    foreign = {"low", "high"} if rewriting else {"llm", "batch_size", "attempts", "template"}
     for flag in sorted(foreign & given_flags(parser, argv)):
         raise UserError(f"--{flag.replace('_', '-')} does not go with --strategy {args.strategy}.")
     for path in [args.out, args.out + ".rejected.jsonl"] if rewriting else [args.out]:
         if os.path.lexists(path) and not (os.path.isfile(path) and is_perturbed(path)):
             raise UserError(f"{path} is there already, and perturb.py did not write it: give another name.")
+    if not args.out.endswith(".jsonl"):
+        raise UserError(f"{args.out}: the name must end in .jsonl, which build_pairs.py reads.")
     return args
 
 

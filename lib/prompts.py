@@ -1,35 +1,60 @@
-"""Prompts as people have them: read from files, checked, and chosen; and the answers of chat models."""
+"""Prompts as people have them: read from files, checked, chosen, and cut into tokens."""
 
 import hashlib
 import heapq
-import json
 import os
+import re
 
 from tqdm import tqdm
 
 from lib.files import UserError, count, json_lines, text_lines
 from lib.processes import is_first
 
+# Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese are written without spaces.
+UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORDS = re.compile(rf"(?=\w)[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")  # without signs; such a letter is a word
+LETTERS = re.compile(rf"(?=\w)[{UNSPACED}]\W*|(?:(?![{UNSPACED}])\w)+\W*|\W+")  # the same, with the signs that follow
+WEIGHT = re.compile(r":\s*[\d.]+\s*[)\]]")  # of A1111's (red car:1.3)
+PIECES = re.compile(rf"(?:[(\[]+[^()\[\]]*{WEIGHT.pattern}+|\S)+")  # such a bracket is one
+COMMAS = re.compile(r",(?:\s*,)+")  # between them are empty tags
+GLUED = re.compile(r",(?:(?<=[^\s,],)(?=[^\W\d]|[(\[])|(?<=[^\s,\d],)(?=\d))")  # between two tags, and not in 1,000
+
+
+def split_tokens(c):
+    """A prompt -> its tokens, and a function that joins some of them. A token is a word. In tags as 1girl,solo it ends
+    at the comma too, and empty tags are dropped; a weighted bracket is one token; and where a prompt has no spaces and
+    its script is written so, each letter is a token."""
+    words = c.split()
+    if len(words) == 1 and not c.isascii() and re.search(f"[{UNSPACED}]", c):
+        return LETTERS.findall(COMMAS.sub(",", words[0]).lstrip(",")), lambda some: "".join(some).rstrip(",，、")
+    tags = c
+    if c.count(",") > c.count(", ") + c.endswith(",") or ", ," in c.replace("  ", " ") or c.startswith(","):
+        tags = GLUED.sub(", ", COMMAS.sub(",", c).lstrip(", "))
+    if tags != c:
+        return PIECES.findall(tags), lambda some: " ".join(some).rstrip(",")
+    return PIECES.findall(c) if ":" in c and WEIGHT.search(c) else words, " ".join
+
 
 def read_prompts(source):
     """Yields (number, id, prompt) for each line of a text file, each row of a .jsonl file with `prompt` or `c`, or each
-    row of a .parquet file with `prompt`; "diffusiondb" is the paper's data set. An empty line is an empty prompt.
-    Raises UserError where there is no such file, and at the end if some rows were bad."""
+    row of a .csv or .parquet file with `prompt`; "diffusiondb" is the paper's data set. An empty line is an empty
+    prompt. Raises UserError where there is no such file, and at the end if some rows were bad."""
     if source == "diffusiondb" and not os.path.exists(source):
         source = fetch_diffusiondb()
     if not os.path.isfile(source):
         raise UserError(f"there is no file {source}.")
-    kind = os.path.splitext(source)[1]
+    kind = os.path.splitext(source)[1].lower()
     if kind == ".jsonl":
         rows = ((number, {"prompt": row["c"]} | row if isinstance(row, dict) and "c" in row else row)
                 for number, row in json_lines(source))
     elif kind == ".parquet":
         rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
+    elif kind == ".csv":
+        rows = enumerate(csv_rows(source), 2)  # its first line is the head
     elif kind in (".txt", ""):
         rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
     else:
-        raise UserError(f"{source}: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl "
-                        'file: pandas.read_csv("p.csv").to_json("p.jsonl", orient="records", lines=True)')
+        raise UserError(f"{source}: the prompts must be a .txt, .jsonl, .csv or .parquet file.")
     return check_rows(source, rows, ["prompt"])
 
 
@@ -57,6 +82,9 @@ def sample_prompts(source, fewest, limit, seed):
         if numbers and is_first():
             print(f"left out {count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
                   + ", ..." * (len(numbers) > 10))
+    weighted = sum(1 for _, c in prompts if ":" in c and WEIGHT.search(c))
+    if weighted and is_first():
+        print(f"{weighted} of the prompts have weights like (red car:1.3): diffusers reads their signs as text")
     if limit and is_first():
         print(f"took {len(prompts)} of {different} different prompts")
     return prompts
@@ -73,8 +101,9 @@ def choose_prompts(prompts, fewest, limit, seed):
 
     def different():
         for number, name, c in prompts:
-            key = hashlib.sha256(f"{seed} {c}".encode()).digest()
-            if len(c.split()) < fewest:
+            tokens, _ = split_tokens(c)
+            key = hashlib.sha256(f"{seed} {' '.join(tokens)}".encode()).digest()  # spacing makes no difference
+            if len(tokens) < fewest:
                 short.append(number)
             elif key in seen:
                 repeated.append(number)
@@ -111,25 +140,6 @@ def read_perturbed(path, seed):
     return rows
 
 
-def read_answer(answer, c):
-    """c_minus from a chat model's answer, which must be {"prompt": "..."} with another text than c, and may stand in a
-    ```json fence. Raises ValueError otherwise, which says why."""
-    text = answer.strip()
-    if text.startswith("```json") and text.endswith("```"):
-        text = text[7:-3]
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):  # RecursionError: thousands of brackets
-        raise ValueError("not JSON") from None
-    if not isinstance(found, dict) or found.keys() != {"prompt"} or not isinstance(found["prompt"], str):
-        raise ValueError('not {"prompt": a text}')
-    c_minus = found["prompt"].strip()
-    c_minus.encode()  # a ValueError if it holds half a character, which JSON allows and no file can hold
-    if "".join(c_minus.split()).casefold() in ("", "".join(c.split()).casefold()):
-        raise ValueError("empty or the same as c")
-    return c_minus
-
-
 # ---- rows of files
 
 
@@ -141,9 +151,7 @@ def parquet_rows(path, columns, optional=(), group=None):
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # no whole column at once
             names = file.schema_arrow.names
-            for name in columns:
-                if names.count(name) != 1:
-                    raise UserError(f"{path} must have one column {name}; it has {', '.join(names)}.")
+            one_column(path, names, *columns)
             wanted = [*columns, *[name for name in optional if name in names]]
             for g in range(file.num_row_groups) if group is None else [group]:
                 batches = file.iter_batches(4096, [g], wanted)
@@ -151,6 +159,27 @@ def parquet_rows(path, columns, optional=(), group=None):
                     yield g, k, {name: "" if cell is None else cell for name, cell in row.items()}
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         raise UserError(f"{path} cannot be read as a .parquet file: {str(error).splitlines()[0]}") from None
+
+
+def one_column(path, found, *wanted):
+    """Raises UserError if a table has not each wanted column once."""
+    for name in wanted:
+        if found.count(name) != 1:
+            raise UserError(f"{path} must have one column {name}; it has {', '.join(found)}.")
+
+
+def csv_rows(path):
+    """The rows of a .csv file with a column `prompt` and, if wished, an `id`. Raises UserError if it cannot be read."""
+    import pyarrow.csv
+
+    texts = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(("prompt", "id"), pyarrow.string()))
+    try:
+        table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+                                     convert_options=texts)
+        one_column(path, table.column_names, "prompt")
+        return table.select([name for name in table.column_names if name in ("prompt", "id")]).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as a .csv file: {str(error).splitlines()[0]}") from None
 
 
 def check_rows(path, rows, fields):

@@ -1,6 +1,8 @@
 """perturb.py: 40 to 70 % of the words go, or a chat model rewrites them; the same everywhere, and bad input is named."""
 
+import csv
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,11 +21,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from tqdm import tqdm
 
 import perturb
+from lib.chat import VAGUE, load_llm, read_answer, words_of
 from lib.files import UserError
 from lib.processes import holding
-from lib.prompts import choose_prompts, read_answer, read_prompts
+from lib.prompts import choose_prompts, read_prompts, split_tokens
 from perturb import remove_words
 
 
@@ -82,6 +86,34 @@ def test_bounds_must_make_sense(low, high):
         remove_words(words(5), low=low, high=high)
 
 
+@pytest.mark.parametrize("c, tokens", [
+    ("a red fox, in the  snow", ["a", "red", "fox,", "in", "the", "snow"]), ('"Hello," she said (a) 16:9', ['"Hello,"', "she", "said", "(a)", "16:9"]),
+    ("a woman , 1,000 men, 8k", ["a", "woman", ",", "1,000", "men,", "8k"]), ("1girl,solo,smile", ["1girl,", "solo,", "smile"]),
+    ("best quality,50mm,8k", ["best", "quality,", "50mm,", "8k"]), (", , , ,", []), ("fox, , ,tree,,", ["fox,", "tree,"]),
+    ("(red car:1.3), [blue bike:0.8], sun", ["(red car:1.3),", "[blue bike:0.8],", "sun"]), ("((a b:1.2)),c", ["((a b:1.2)),", "c"]),
+    ("一只红猫，坐着", ["一", "只", "红", "猫，", "坐", "着"]), ("แมวสีแดง", ["แ", "ม", "ว", "สี", "แ", "ด", "ง"]), ("赤いネコ", ["赤", "い", "ネ", "コ"]),
+    ("1girl,女孩", ["1girl,", "女", "孩"]), ("赤い猫 4k", ["赤い猫", "4k"]), ("ёж", ["ёж"])])
+def test_a_token_is_a_word_a_tag_a_weighted_bracket_or_a_letter(c, tokens):
+    assert split_tokens(c)[0] == tokens
+    if len(tokens) > 1:
+        some = {remove_words(c, seed) for seed in range(20)}
+        assert len(some) > 1 and all(0 < len(left) < len(c) and left in {split_tokens(c)[1]([t for t, keep in zip(tokens, mask) if keep])
+                                     for mask in itertools.product([0, 1], repeat=len(tokens))} for left in some)
+
+
+def test_what_is_left_of_tags_is_tidy_and_what_is_left_of_chinese_has_no_spaces():
+    assert {remove_words("1girl,solo,smile", s) for s in range(40)} == {"1girl", "solo", "smile"}  # two of three go, or none but one stays
+    assert all(not set(remove_words("一只红猫，坐着", s)) & set(" ，") or "猫，" in remove_words("一只红猫，坐着", s) for s in range(20))
+
+
+def test_plain_english_loses_the_words_that_it_always_lost():
+    """Written by the version before tokens could be anything but words (seed 5)."""
+    assert [remove_words(c, 5) for c in (
+        "a portrait of a woman , intricate, elegant, highly detailed, 8 k, art by greg rutkowski", 'a sign that says "open," at 16:9 (wide), 1,000 lights',
+        "two cats, one dog", "a red circle to the left of a blue square")] == [
+        "a portrait woman , intricate, 8 k, by", "a sign at (wide),", "one dog", "circle to the of a square"]
+
+
 def run(*arguments, **environment):
     command = [sys.executable, os.path.abspath(perturb.__file__), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
@@ -132,8 +164,9 @@ def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["none.txt", "out.jsonl"], "no file none.txt"),
     (["p.txt", "p.txt"], "^p.txt is there already, and perturb.py did not write it: give another name.$"),
-    (["p.csv", "out.jsonl"], "p.csv: the prompts must be a .txt, .jsonl or .parquet file. pandas can write a .jsonl file: "),
-    *[([name, "out.jsonl"], f"{name}: the prompts must be") for name in ("p.JSONL", "p.json", "p.tsv", "p.CSV")],
+    *[([name, "out.jsonl"], f"{name}: the prompts must be a .txt, .jsonl, .csv or .parquet file.") for name in ("p.json", "p.tsv")],
+    *[([name, "out.jsonl"], f"{name} must have one column prompt; it has a prompt of words") for name in ("p.csv", "p.CSV")],
+    (["p.JSONL", "out.jsonl"], "p.JSONL:1: not a row with texts prompt: a prompt of words"), (["p.txt", "out.txt"], "out.txt: the name must end in .jsonl"),
     (["p.txt", "out.jsonl", "--low", "0.8"], "--low and --high"), (["p.txt", "out.jsonl", "--high", "1"], "--low and --high"),
     *[(["p.txt", out], f"{out} is there already, and perturb.py did not write it") for out in (".", "/dev/null", "dangling", "mine.jsonl", "pairs.jsonl")],
     (["p.txt", "new.jsonl", "--strategy", "llama-aesthetic"], "new.jsonl.rejected.jsonl is there already, and perturb.py did not"),
@@ -179,6 +212,9 @@ def test_one_reader_takes_text_rows_of_prompts_and_rows_of_pairs(tmp_path):
 def test_every_kind_of_source_gives_the_same_prompts_and_counts_what_it_leaves_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     open("p.txt", "w", encoding="utf-8").write("\n".join(PROMPTS))
+    open("P.TXT", "w", encoding="utf-8").write("\n".join(PROMPTS))
+    with open("p.csv", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([["seed", "prompt", "id"], *[[i, c, f"n{i}"] for i, c in enumerate(PROMPTS, 1)]])
     open("p.jsonl", "w").write("\n".join(json.dumps(dict(prompt=c, id=f"n{i}")) for i, c in enumerate(PROMPTS, 1)))
     write_table("p.parquet", pyarrow.array([c or None for c in PROMPTS], pyarrow.large_string()), seed=range(7))
     write_table("metadata.parquet", PROMPTS)
@@ -189,14 +225,14 @@ def test_every_kind_of_source_gives_the_same_prompts_and_counts_what_it_leaves_o
         return "metadata.parquet"
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    for source, ids in (("p.txt", "{:06d}"), ("p.jsonl", "n{}"), ("p.parquet", "{:06d}"), ("diffusiondb", "{:06d}")):
+    for source, ids in (("p.txt", "{:06d}"), ("P.TXT", "{:06d}"), ("p.csv", "n{}"), ("p.jsonl", "n{}"), ("p.parquet", "{:06d}"), ("diffusiondb", "{:06d}")):
         perturb.main([source, "out.jsonl"])
         rows, said = rows_of("out.jsonl"), capsys.readouterr().out
         assert [row["c"] for row in rows] == [PROMPTS[i - 1] for i in KEPT]
         assert [row["id"] for row in rows] == [ids.format(i) for i in KEPT]
         assert all(row["strategy"] == "random-removal" and row["perturb_seed"] == 0 for row in rows)
-        assert "left out 2 prompts of fewer than two words, in lines 4, 5\n" in said
-        assert "left out 1 duplicate prompt, in lines 6\n" in said
+        assert f"left out 2 prompts of fewer than two words, in lines {'5, 6' if source == 'p.csv' else '4, 5'}\n" in said
+        assert f"left out 1 duplicate prompt, in lines {'7' if source == 'p.csv' else '6'}\n" in said
     assert asked == [("poloclub/diffusiondb", "metadata.parquet", dict(repo_type="dataset"))]
 
 
@@ -277,56 +313,119 @@ def test_a_sample_does_not_hold_all_prompts_in_memory():
 
 
 @pytest.mark.parametrize("answer, c_minus", [
-    ('{"prompt": "an animal"}', "an animal"), (' \n{ "prompt" :\n" an animal "}\n', "an animal"),
-    ('```json\n{"prompt": "an animal"}\n```', "an animal"), ('\n```json {"prompt": "ein Bär \\u00e4"}``` ', "ein Bär ä"),
-    ('{"prompt": "say ```json or {\\"prompt\\": 1}"}', 'say ```json or {"prompt": 1}'), ('{"prompt": "a red fo"}', "a red fo"),
-    ("", "not JSON"), ("an animal", "not JSON"), ('Here it is: {"prompt": "an animal"}', "not JSON"), ('{"prompt": "an animal"} Enjoy!', "not JSON"),
-    ('{"prompt": "an ani', "not JSON"), ("{'prompt': 'an animal'}", "not JSON"), ('```\n{"prompt": "an animal"}\n```', "not JSON"),
-    ('```json\n{"prompt": "a"}', "not JSON"), ('{"prompt": "a"}\n```', "not JSON"), ("```json```", "not JSON"), ("```json", "not JSON"),
-    ('```json\n```json\n{"prompt": "a"}\n```\n```', "not JSON"), ('{"prompt": "a"}{"prompt": "b"}', "not JSON"), ("[" * 100_000, "not JSON"),
-    ("1" * 5000, "not JSON"), ('{"prompt": "a\nb"}', "not JSON"), ("{}", "not {"), ('"an animal"', "not {"), ('[["prompt", "an animal"]]', "not {"),
-    ('["prompt"]', "not {"), ("null", "not {"), ('{"prompt": 3}', "not {"), ('{"prompt": null}', "not {"), ('{"prompt": ["a"]}', "not {"),
-    ('{"Prompt": "a"}', "not {"), ('{"prompt": "a", "why": "b"}', "not {"), ('{"prompt": {"prompt": "a"}}', "not {"),
-    ('{"prompt": ""}', "empty or"), ('{"prompt": " \\n "}', "empty or"), ('{"prompt": "a red fox"}', "the same as c"),
-    ('{"prompt": "A  Red\\tFOX "}', "the same as c"), ('{"prompt": "\\ud800 half"}', "surrogates not allowed"),
+    ('{"prompt": "a fox"}', "a fox"), (' \n{ "prompt" :\n" a fox "}\n', "a fox"),
+    ('```json\n{"prompt": "a fox"}\n```', "a fox"), ('\n```json {"prompt": "ein Fox \\u00e4"}``` ', "ein Fox ä"),
+    ('{"prompt": "fox {\\"prompt\\": 1}"}', 'fox {"prompt": 1}'), ('{"prompt": "a red fo"}', "a red fo"),
+    ('Here it is: {"prompt": "a fox"}', "a fox"), ('{"prompt": "a fox"} Enjoy!', "a fox"), ('```json\n{"prompt": "fox"}', "fox"),
+    ('{"prompt": "fox"}{"prompt": "red"}', "fox"), ('{"prompt": "fox", "why": "b"}', "fox"), ('{x} {"why": 1} {"prompt": "fox"}', "fox"),
+    ('Important words: ["fox"]\nFinal output:\n{"neg_prompts": ["a fox"]}', "a fox"), ('{"positive_prompts": ["a Fox"], "neg_prompts": ["fox"]}', "fox"),
+    ('[{"prompt": "a fox"}]', "a fox"), ('{"Prompt": "red"} {"prompt": 3} {"prompt": "fox"}', "fox"), ('{"neg_prompts": ["a red Fox", "Fox red"]}', "Fox red"),
+    ("", "not JSON"), ("a fox", "not JSON"), ('{"prompt": "a fo', "not JSON"), ("{'prompt': 'a fox'}", "not JSON"), ("```json```", "not JSON"),
+    ("[" * 100_000, "not JSON"), ("{" * 100_000, "not JSON"), ('{"prompt": ' * 2000, "not JSON"), ("1" * 5000, "not JSON"), ('{"prompt": "a\nb"}', "not JSON"),
+    ('"a fox"', "not JSON"), ('["prompt"]', "not JSON"), ("{}", "not {"), ('{"prompt": 3}', "not {"), ('{"prompt": null}', "not {"),
+    ('{"prompt": ["a"]}', "not {"), ('{"Prompt": "a"}', "not {"), ('{"neg_prompts": "a fox"}', "not {"), ('{"neg_prompts": ["a fox", 3]}', "not {"),
+    ('{"prompt": ""}', "empty or"), ('{"prompt": " \\n "}', "empty or"), ('{"prompt": "..."}', "empty or"), ('{"prompt": "a red fox"}', "the same as c"),
+    ('{"prompt": "A  Red\\tFOX "}', "the same as c"), ('{"prompt": "\\ud800 half"}', "half a character"), ('{"neg_prompts": []}', "too vague"),
+    ('{"prompt": "the new prompt"}', "the instruction's own words"), ('{"prompt": "The New Prompt: fox"}', "the instruction's own words"),
+    ('{"prompt": "A worse one."}', "the instruction's own words"), ('{"prompt": "the colours"}', "the instruction's own words"),
+    ('{"prompt": "a red fox, a red dog, a car"}', "longer than twice c"), ('{"prompt": "an animal"}', "no content word of c"),
 ])
-def test_an_answer_is_one_json_object_with_another_prompt_and_nothing_else(answer, c_minus):
+def test_an_answer_is_the_first_json_object_with_a_prompt_that_says_less_of_c(answer, c_minus):
+    told = f" {' '.join(words_of('Write a worse one. Leave out the colours of its fox.'))} "
     try:
-        assert read_answer(answer, "a red Fox") == c_minus
+        assert read_answer(answer, "a red Fox", told, alignment=True) == c_minus
     except ValueError as error:
-        assert c_minus in str(error) and c_minus != "an animal"
+        assert c_minus in str(error) and not c_minus.startswith("a fox")
+
+
+def test_words_that_the_instruction_shares_with_c_are_no_repetition_and_a_long_run_of_its_words_is():
+    instruction = " ".join(words_of(perturb.INSTRUCTIONS["llama-alignment"]))
+    told, c = f" {instruction} ", "the same scene, an image of a prompt on a screen with many colours and other things to see, of which there are two"
+    assert read_answer('{"prompt": "the same scene"}', c, told, True) == "the same scene"
+    assert read_answer('{"prompt": "an image"}', c, told, True) == "an image"
+    with pytest.raises(ValueError, match="instruction"):
+        read_answer('{"prompt": "screen: Write a worse one, whose image would not show what this"}', c, told, True)
+    with pytest.raises(ValueError, match="instruction"):
+        read_answer('{"prompt": "for a text-to-image model"}', c, told, False)
+
+
+def test_an_answer_in_other_words_is_refused_for_the_alignment_only():
+    with pytest.raises(ValueError, match="no content word"):
+        read_answer('{"prompt": "the fruit on a"}', "two apples on the table", alignment=True)
+    assert read_answer('{"prompt": "the fruit on a"}', "two apples on the table") == "the fruit on a"
+    assert read_answer('{"prompt": "an apple"}', "two apples on the table", alignment=True) == "an apple"
+    assert read_answer('{"prompt": "桌子"}', "桌子上的苹果", alignment=True) == "桌子"
+    with pytest.raises(ValueError, match="no content word"):
+        read_answer('{"prompt": "猫"}', "桌子上的苹果", alignment=True)
+
+
+def test_of_several_negative_prompts_one_usable_is_drawn_by_seed_and_prompt():
+    answer = json.dumps(dict(neg_prompts=["a red fox", "a fox", "red", "fox"]))
+    drawn = {seed: read_answer(answer, "a red fox", seed=seed) for seed in range(40)}
+    assert set(drawn.values()) == {"a fox", "red", "fox"} and read_answer(answer, "a red fox", seed=3) == drawn[3]
+    assert len({read_answer(json.dumps(dict(neg_prompts=list("xyz"))), f"x y z {i}") for i in range(40)}) == 3
+
+
+def rewritten(rows, ask, attempts, seed, batch_size=64):
+    with tqdm(disable=True) as bar:
+        return perturb.rewrite(rows, ask, read_answer, attempts, seed, batch_size, bar)
 
 
 def test_what_cannot_be_used_is_asked_again_with_another_seed_and_in_the_end_rejected():
     asked = []
-    answers = iter([["no", '{"prompt": "x"}', '{"prompt": "TWO"}', "no"], ["no", '{"prompt": "y"}', "still not"], ["no", "last"]])
+    answers = iter([["no", '{"prompt": "TWO"}', "no", '{"prompt": "x"}'], ["no", '{"prompt": "y"}', "still not"], ["no", "last"]])
 
     def ask(prompts, seed):
         asked.append((prompts, seed))
         return next(answers)
 
     rows = [("a", "one"), ("b", "one again"), ("c", "two"), ("d", "three")]
-    assert perturb.rewrite(rows, ask, 3, "7 0") == [
+    assert rewritten(rows, ask, 3, "7 0") == [
         dict(id="a", c="one", answer="no", reason="not JSON"), dict(id="b", c="one again", c_minus="x"),
         dict(id="c", c="two", c_minus="y"), dict(id="d", c="three", answer="last", reason="not JSON")]
-    assert [prompts for prompts, _ in asked] == [["one", "one again", "two", "three"], ["one", "two", "three"], ["one", "three"]]
+    assert [prompts for prompts, _ in asked] == [["one", "two", "three", "one again"], ["one", "two", "three"], ["one", "three"]]
     seeds = [seed for _, seed in asked]
     for other in ("7 1", "8 0", "7 0"):
         asked.clear()
         answers = iter([["no"]] * 3)
-        perturb.rewrite(rows[:1], ask, 3, other)
+        rewritten(rows[:1], ask, 3, other)
         assert len(set(seeds + [seed for _, seed in asked])) == (3 if other == "7 0" else 6)
     asked.clear()
     answers = iter([['{"prompt": "x"}']])
-    perturb.rewrite(rows[:1], ask, 3, "")
+    rewritten(rows[:1], ask, 3, "")
     assert len(asked) == 1  # nothing is left to ask
+    asked.clear()
+    answers = iter([['{"neg_prompts": []}']])
+    assert rewritten(rows[:1], ask, 3, "")[0]["reason"] == VAGUE
+    assert len(asked) == 1  # what the model finds too vague is not asked again
 
 
-def scripted(name, instruction, batch_size, device):
+def test_prompts_are_asked_in_batches_of_like_length_counted_one_by_one_and_the_first_result_is_shown(capsys):
+    rows, batches, counted = [(str(i), "x " * n + "y") for i, n in enumerate((5, 1, 4, 2, 3))], [], []
+
+    def ask(prompts, seed):
+        batches.append((prompts, seed))
+        return ["no" if len(prompts[0]) == 3 else '{"prompt": "z"}'] * len(prompts)
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            counted.append((len(batches), n))
+            super().update(n)
+
+    with Bar(total=5) as bar:
+        found = perturb.rewrite(rows, ask, read_answer, 2, 0, 2, bar)
+    assert [[len(c) // 2 for c in prompts] for prompts, _ in batches] == [[1, 2], [3, 4], [5], [1, 2]]
+    assert [row["id"] for row in found] == list("01234") and len({seed for _, seed in batches}) == 4
+    assert [n for n in counted if n[1]] == [(2, 2), (3, 1), (4, 2)] and sum(n for _, n in counted) == 5
+    said = capsys.readouterr().out
+    assert "for example: {'id': '1', 'c': 'x y', 'answer': 'no', 'reason': 'not JSON'}" in said and said.count("for example") == 2
+
+
+def scripted(name, instruction, device):
     """A chat model whose answers are random, by the seed, the instruction and the number of prompts; half are no use."""
     def ask(prompts, seed):
         rng = random.Random(f"{seed} {instruction} {len(prompts)}")
-        return [rng.choice(["no", json.dumps(dict(prompt=f"{name} {rng.random()}"))]) for _ in prompts]
+        return [rng.choice(["no", json.dumps(dict(prompt=f"prompt {rng.randrange(10**6)}"))]) for _ in prompts]
     return ask
 
 
@@ -377,11 +476,13 @@ def test_rewritten_prompts_and_rejected_ones_together_are_all_prompts(llm, capsy
     assert all(list(row) == ["id", "c", "c_minus", "strategy", "perturb_seed", "llm"] and row["llm"] == "tiny" for row in good)
     assert all(list(row)[:4] == ["id", "c", "answer", "reason"] and row["answer"] == "no" for row in rejected)
     assert len(good) + len(rejected) == 15 and len(rejected) >= 1
-    assert f"rejected {len(rejected)} prompts, after 2 unusable answers to each: out.jsonl.rejected.jsonl\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"rejected {len(rejected)} prompts, after 2 unusable answers to each: out.jsonl.rejected.jsonl\n" in said
     ids = [row["id"] for row in good + rejected]
     assert len(set(ids)) == 15 and all(row["id"] == f"{int(row['c'].split()[1]) + 1:06d}" for row in good + rejected)
     assert [row["id"] for row in good] == sorted(row["id"] for row in good)
     assert len({row["c_minus"] for row in good}) == len(good)  # no part has another one's seed
+    assert f"last reasons: not JSON ({len(rejected)})\n" in said and "for example: {" in said
 
 
 def test_a_finished_run_that_is_run_again_asks_nothing_and_writes_the_same(llm, monkeypatch):
@@ -582,11 +683,11 @@ def test_a_chat_model_is_asked_by_its_own_template_padded_on_the_left_and_answer
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
-    ask = perturb.load_llm(str(tmp_path / "llama"), "Do it.", 2, torch.device("cpu"))
+    ask = load_llm(str(tmp_path / "llama"), "Do it.", torch.device("cpu"))
     prompts = ['say "ä"', "a much longer prompt <|eot|>", "three"]
-    answers = ask(prompts, 5)
-    assert answers == ask(prompts, 5) != ask(prompts, 6) and all(len(answer) < 30 for answer in answers)
-    assert len(calls) == 6 and all(len(how["input_ids"]) <= 2 for how in calls)
+    answers = ask(prompts[:2], 5) + ask(prompts[2:], 5)
+    assert answers[:2] == ask(prompts[:2], 5) != ask(prompts[:2], 6) and all(len(answer) < 30 for answer in answers)
+    assert len(calls) == 4
     for i, c in enumerate(prompts):
         how, k = calls[i // 2], i % 2
         assert how["do_sample"] and how["temperature"] == 0.7 and how["max_new_tokens"] == 256
@@ -605,10 +706,10 @@ def test_no_code_and_no_pickle_of_a_chat_model_is_run(tmp_path, monkeypatch):
         config = json.load(open(f"llama/{file}")) | dict(auto_map={names: "evil.Evil" if "Model" in names else ["evil.Evil", None]})
         json.dump(config, open(f"llama/{file}", "w"))
     open("llama/evil.py", "w").write(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n")
-    perturb.load_llm("llama", "", 1, torch.device("cpu"))
+    load_llm("llama", "", torch.device("cpu"))
     os.rename("llama/model.safetensors", "llama/pytorch_model.bin")
     with pytest.raises(UserError, match="--llm llama is no folder or hub id .*safetensors only"):
-        perturb.load_llm("llama", "", 1, torch.device("cpu"))
+        load_llm("llama", "", torch.device("cpu"))
     assert not os.path.exists("executed")
 
 
