@@ -9,34 +9,34 @@ part=$1 size=${2:-gpu}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 if [ "$size" = small ]; then
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-    unet=mid transformer=mid large=mid flags="--seconds 1" steady=2 pairs="--pairs 4 --turns 1 --steps 2" family="sd" few=4
+    unet=mid others=mid flags="--seconds 1" steady=2 sampling="--steps 2" family="sd" few=4
 else
     nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
     if [ -d wheels ]; then pip install -q --no-deps wheels/*.whl; fi
-    unet=sd14 transformer=sana large=sdxl flags="--precision fp16 --compile --seconds 20" steady=60
-    pairs="--pairs 64 --batch-size 32" family="sd14" few=64
+    unet=sd14 others="sana sdxl" flags="--precision fp16 --compile --seconds 20" steady=60
+    sampling="--batch-size 32" family="sd14" few=64
 fi
 python -c 'import torch, diffusers, transformers as t; print("torch", torch.__version__, "diffusers", diffusers.__version__, "transformers", t.__version__)'
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# A Stable Diffusion with random weights of the published size (small: of the tests' size), pairs, and a few updates.
+# A Stable Diffusion with random weights of the published size (small: of the tests' size), and prompts.
 make_model() {
     python - "$family" "$work/model" <<'PYTHON'
 import sys
 sys.path.insert(0, "tests")
-import bench, tiny_models
-sizes = bench.ARCHITECTURES["sd14"][1] if sys.argv[1] == "sd14" else {}
+import tiny_models
+sizes = tiny_models.SIZES["sd14"][1] if sys.argv[1] == "sd14" else {}
 tiny_models.FAMILIES["sd"](**sizes).save_pretrained(sys.argv[2])
 PYTHON
-    python perturb.py tests/prompts.txt "$work/perturbed.jsonl"
+    python perturb.py examples/prompts.txt "$work/perturbed.jsonl"
     head -n "$few" "$work/perturbed.jsonl" > "$work/few.jsonl"
 }
 
 case $part in
-a)  # the ceiling, the gate, the step eager and compiled beside the plain one; then a steady minute
-    python tests/bench.py step --model $unet $flags
-    python tests/bench.py step --model $unet $flags --seconds $steady
+a)  # the step, eager and compiled, beside the plain one; then a steady minute
+    python tests/bench.py --model $unet $flags
+    python tests/bench.py --model $unet $flags --seconds $steady
     ;;
 b)  # real training: the small model of this repository, stopped and resumed; then SD-1.4's size with two micro-batches
     make_model
@@ -56,15 +56,19 @@ b)  # real training: the small model of this repository, stopped and resumed; th
     done
     ;;
 c)  # making pairs, eager and compiled; images of a benchmark, with their files
-    python tests/bench.py pairs --model $unet --random-weights $pairs
-    if [ "$size" = gpu ]; then python tests/bench.py pairs --model $unet --random-weights $pairs --compile; fi
     make_model
+    time python build_pairs.py --model "$work/model" --prompts "$work/few.jsonl" --out "$work/eager" $sampling
+    if [ "$size" = gpu ]; then
+        time python build_pairs.py --model "$work/model" --prompts "$work/few.jsonl" --out "$work/compiled" $sampling --compile
+    fi
     time python evaluate.py generate --model "$work/model" --bench shapes --steps 2 --batch-size 32 --out "$work/images"
     ;;
 d)  # SANA with LoRA, SDXL, and SD-1.4 with other micro-batches
-    python tests/bench.py step --model $transformer $large $flags
+    for model in $others; do
+        python tests/bench.py --model $model $flags
+    done
     for micro in 8 16 32; do
-        python tests/bench.py step --model $unet $flags --micro-batch $micro
+        python tests/bench.py --model $unet $flags --micro-batch $micro
     done
     ;;
 *)  echo "give a part: a, b, c or d" >&2; exit 2 ;;

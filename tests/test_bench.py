@@ -12,114 +12,63 @@ import bench
 import pytest
 import tiny_models
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-from lib import adapters, models
-
-
-def numbers(text):
-    return [float(x) for x in re.findall(r"(?<![\w.])\d+\.?\d*(?:e-?\d+)?", text)]
-
-
-def rows_of(said):
-    """{model and way: [the numbers of each cell]} of a printed table."""
-    cells = [line.strip("| ").split(" | ") for line in said.splitlines()[2:] if line.startswith("| ")]
-    return {way: [numbers(cell) for cell in rest] for way, *rest in cells if len(rest) == 3 and rest[0].strip("| ")}
-
-
-def test_making_pairs_is_timed_in_turns_on_equal_results(sd, capsys, monkeypatch):
-    real, slept = bench.our_pairs, []
-
-    def our_pairs(*arguments):  # as fast as what is slept tells
-        slept.append(time.perf_counter())
-        time.sleep(0.4)
-        return real(*arguments)
-
-    monkeypatch.setattr(bench, "our_pairs", our_pairs)
-    monkeypatch.setattr(bench, "clock", lambda device: time.perf_counter())  # which time slept counts for
-    bench.main(["pairs", "--model", sd, "--pairs", "8", "--turns", "2", "--steps", "1"])
-    said = capsys.readouterr().out
-    rows = rows_of(said)
-    assert list(rows) == [f"{sd}, plain", f"{sd}, ours"] and len(slept) == 4  # to compare, to warm up, two turns
-    (plain, ones, _), ([ours], ratio, _) = rows.values()
-    assert 1 < ours < 8 / 0.4 and ones == [1, 1, 1] and "2 turns, 1 steps" in said and "latents agree to" in said
-    assert ratio[0] == pytest.approx(ours / plain[0], rel=0.5) and ratio[1] <= ratio[0] <= ratio[2]
-
-
-@pytest.mark.parametrize("side, added, off", [(0, 0.01, "0.01"), (1, float("nan"), "nan")])
-@pytest.mark.parametrize("way", ["plain_pairs", "our_pairs"])
-def test_no_time_is_printed_where_the_two_ways_disagree(sd, way, side, added, off, capsys, monkeypatch):
-    real = getattr(bench, way)
-
-    def spoiled(*arguments):
-        latents = real(*arguments)
-        latents[side, 2] += added
-        return latents
-    monkeypatch.setattr(bench, way, spoiled)
-    with pytest.raises(SystemExit, match=f"the two ways differ by {off}"):
-        bench.main(["pairs", "--model", sd, "--pairs", "4", "--turns", "1", "--steps", "1"])
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("flags", [["pairs", "--model", "x", "--turns", "0"], ["step", "--micro-batch", "0"]])
-def test_numbers_out_of_range_are_named(flags, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(flags)
-    assert re.search(rf"argument {flags[-2]}: must be 1 or more, not 0", capsys.readouterr().err)
-
-
-# ---- the training step
-
-TINY = {"tiny": ("sd", {}, 0, 2), "tiny-sana": ("sana", {}, 4, 2)}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for name, row in TINY.items():
-        monkeypatch.setitem(bench.ARCHITECTURES, name, row)
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, precision: 1e9)
+    """A tiny U-Net in place of mid, and a tiny SANA with LoRA."""
+    for name, row in {"mid": ("sd", {}), "tiny-sana": ("sana", {})}.items():
+        monkeypatch.setitem(tiny_models.SIZES, name, row)
+    monkeypatch.setitem(bench.RANK, "tiny-sana", 4)
+    monkeypatch.setitem(bench.SIZE, "tiny-sana", 2)
 
 
-@pytest.mark.parametrize("name, arms", [("tiny", 3), ("tiny-sana", 4)])
-def test_the_step_is_timed_in_turns_on_equal_work(tiny, name, arms, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda network: network)  # test_train.py compiles SANA
-    if arms == 4:
-        monkeypatch.setattr(bench, "choose_device", lambda args: torch.device("cpu"))  # which would refuse --compile
-    slow, order = [0.3], []
+def arguments(**changes):
+    return argparse.Namespace(**dict(model="mid", micro_batch=None, precision="fp32", compile=False) | changes)
+
+
+CPU = torch.device("cpu")
+
+
+def test_the_step_is_timed_in_turns_on_equal_work(tiny, capsys, monkeypatch):
+    order = []
     for arm in ("plain_loss", "our_loss"):  # our step is made slow, and the table must say so
         real = getattr(bench, arm)
 
-        def loss(*arguments, real=real, arm=arm, **kinds):
+        def loss(*batch, real=real, arm=arm, **kinds):
             order.append(arm)
-            if arm == "our_loss":
-                end = time.process_time() + slow[0]
-                while time.process_time() < end:
-                    pass
-            return real(*arguments, **kinds)
+            end = time.process_time() + 0.3 * (arm == "our_loss")
+            while time.process_time() < end:
+                pass
+            return real(*batch, **kinds)
         monkeypatch.setattr(bench, arm, loss)
-    bench.main(["step", "--model", name, "--seconds", "0", *["--compile"] * (arms == 4)])
-    said = capsys.readouterr().out
-    rows = rows_of(said)
-    assert list(rows) == [f"{name}, {arm}" for arm in ("plain", "plain, again", "ours", "ours, compiled")[:arms]]
-    (rate, ours, share), again = rows[f"{name}, ours"], rows[f"{name}, plain, again"][1]
-    assert ours[1] <= ours[0] <= ours[2] and ours[0] < 0.8 * again[0]
-    assert rows[f"{name}, plain"][1] == [1, 1, 1]
-    assert 2 / 1 < rate[0] < 2 / 0.3  # two pairs in an update, each made 0.3 s slower
-    flops = float(re.search(r"([\d.e-]+) TFLOP a pair", said).group(1)) * 1e12
-    assert share[0] / 100 == pytest.approx(rate[0] * flops / 1e9, rel=0.2, abs=0.005)
-    timed = order[-3 * arms:]  # three turns, each begun by another arm
-    assert timed[:3] != timed[arms:arms + 3] and timed.count("plain_loss") == 6
+    bench.main(["--seconds", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {way: [float(x) for x in re.findall(r"[\d.]+", " ".join(cells))] for way, *cells in (line.strip("| ").split(" | ") for line in lines[2:5])}
+    assert list(rows) == ["plain", "plain, again", "ours"] and lines[0].startswith("| mid, fp32 |") and lines[5] == "3 turns of 1 x 2 pairs"
+    assert rows["plain"][1:] == [1, 1, 1]
+    rate, median, least, most = rows["ours"]
+    assert least <= median <= most and median < 0.8 * rows["plain, again"][1]
+    assert 2 / 1 < rate < 2 / 0.3  # two pairs in an update, each made 0.3 s slower
+    timed = order[-9:]  # three turns, each begun by another arm
+    assert timed[:3] != timed[3:6] and timed.count("plain_loss") == 6
+
+
+def test_the_compiled_arm_and_lora_are_compared_and_timed_too(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network: network)  # test_train.py compiles SANA
+    work = bench.prepare(arguments(model="tiny-sana", compile=True), CPU)
+    assert list(work.arms) == ["plain", "plain, again", "ours", "ours, compiled"] and bench.disagreement(work) == ""
+    assert all(".lora_" in name for name, p in work.model.net.named_parameters() if p.requires_grad)
+    assert 0 < bench.seconds(work, "ours, compiled", 2) < 60
 
 
 @pytest.mark.parametrize("what, change", [("loss", lambda loss: loss * 1.01), ("gradient", lambda loss: loss.detach() + 1.01 * (loss - loss.detach()))])
 def test_nothing_is_timed_unless_loss_and_gradient_agree(tiny, what, change, capsys, monkeypatch):
     real = bench.our_loss
-    monkeypatch.setattr(bench, "our_loss", lambda *arguments, **kinds: change(real(*arguments, **kinds)))
-    with pytest.raises(SystemExit, match="not timed, because their arms disagree: tiny"):
-        bench.main(["step", "--model", "tiny", "--seconds", "0"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
-    assert len(lines) == 1 and lines[0].startswith(f"| tiny: the {what} of 'ours' is off by 0.01 of plain's: not timed |")
+    monkeypatch.setattr(bench, "our_loss", lambda *batch, **kinds: change(real(*batch, **kinds)))
+    with pytest.raises(SystemExit, match=f"mid: the {what} of 'ours' is off by 0.01 of plain's: not timed"):
+        bench.main(["--seconds", "0"])
+    assert capsys.readouterr().out == ""
 
 
 def spoil(monkeypatch, fault):
@@ -133,19 +82,6 @@ def spoil(monkeypatch, fault):
     monkeypatch.setattr(bench, "micro_batch", micro_batch)
 
 
-def test_a_nan_in_one_gradient_is_reported_and_the_next_model_is_timed(tiny, capsys, monkeypatch):
-    def fault(work, arm):
-        if arm == "ours" and type(work.model) is models.StableDiffusion:
-            work.parameters[-1].grad.view(-1)[0] = float("nan")
-    spoil(monkeypatch, fault)
-    with pytest.raises(SystemExit, match="not timed, because their arms disagree: tiny\\.$") as ended:
-        bench.main(["step", "--model", "tiny", "tiny-sana", "--seconds", "0"])
-    assert ended.value.code  # a sentence, with which Python exits as 1
-    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
-    assert rows[0] == "| tiny: the gradient of 'ours' is off by nan of plain's: not timed"
-    assert rows[1:4] == ["| tiny-sana, plain", "| tiny-sana, plain, again", "| tiny-sana, ours"] and len(rows) == 5
-
-
 ALL = ["plain", "plain, again", "ours"]
 
 
@@ -157,14 +93,14 @@ def test_no_gradient_that_is_not_finite_or_is_not_there_passes_the_gate(tiny, va
             p.grad = None
         elif arm in arms:
             p.grad.view(-1)[0] = value
-    work = bench.prepare("tiny", argparse.Namespace(micro_batch=None, precision="fp32", compile=False), torch.device("cpu"))
+    work = bench.prepare(arguments(), CPU)
     assert bench.disagreement(work) == ""
     spoil(monkeypatch, fault)
     assert "gradient" in bench.disagreement(work)
 
 
 def test_in_half_precision_a_small_parameter_without_a_gradient_is_noticed(tiny, monkeypatch):
-    work = bench.prepare("tiny", argparse.Namespace(micro_batch=None, precision="fp16", compile=False), torch.device("cpu"))
+    work = bench.prepare(arguments(precision="fp16"), CPU)
     bench.micro_batch(work, "plain")
     sizes = bench.norms([p.grad for p in work.parameters])
     small = int(((sizes / sizes.max() - 0.03).abs()).argmin())
@@ -173,19 +109,6 @@ def test_in_half_precision_a_small_parameter_without_a_gradient_is_noticed(tiny,
     assert bench.disagreement(work) == ""
     spoil(monkeypatch, lambda work, arm: work.parameters[small].grad.zero_() if arm == "ours" else None)
     assert bench.disagreement(work) == f"'ours' has another gradient for 1 of {len(sizes)} parameters than plain"
-
-
-@pytest.mark.parametrize("name, passes", [("tiny", 9), ("tiny-sana", 7)])
-def test_floors_count_the_passes_that_a_pair_needs(tiny, capsys, name, passes):
-    _, _, rank, _ = bench.ARCHITECTURES[name]
-    model = bench.build(name, "cpu")
-    adapters.add_lora(model.net, rank) if rank else None
-    c = model.encode(["a"])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        net = adapters.with_adapter(model.net) if rank else model.net
-        model.predict(net, torch.zeros(1, *model.latent_shape), torch.tensor([3]), c)
-    bench.main(["step", "--model", name, "--seconds", "0"])
-    assert f"{passes * counter.get_total_flops() / 1e12:.4g} TFLOP a pair" in capsys.readouterr().out
 
 
 def test_the_plain_step_is_plain_and_the_student_is_not_the_reference(tiny, monkeypatch):
@@ -203,21 +126,15 @@ def test_the_plain_step_is_plain_and_the_student_is_not_the_reference(tiny, monk
         monkeypatch.setattr(bench, arm, loss)
     for arm in ("plain_loss", "our_loss"):
         spy(arm, getattr(bench, arm))
-    bench.main(["step", "--model", "tiny", "--seconds", "0"])
+    bench.main(["--seconds", "0"])
     assert sorted(samples["plain_loss"]) == [("ref", 4), ("ref", 4), ("theta", 4)]
     assert sorted(samples["our_loss"]) == [("ref", 2), ("ref", 4), ("theta", 4)]
     assert all((loss.detach() - math.log(2)).abs().max() > 1e-4 for loss in losses.values())
 
 
-def test_the_peak_counts_two_operations_a_multiplication(monkeypatch):
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(bench, "clock", lambda device: next(ticks))
-    assert bench.matmul_peak(torch.device("cpu"), "fp32") == 10 * 2 * 1024**3  # ten products a second
-
-
 @pytest.mark.parametrize("name, millions", [("mid", 12.8), ("sd14", 859.5), ("sdxl", 2567.5), ("sana", 591.8)])
 def test_the_networks_are_of_the_published_sizes(name, millions):
-    family, sizes, _, _ = bench.ARCHITECTURES[name]
+    family, sizes = tiny_models.SIZES[name]
     with torch.device("meta"):
         parts = tiny_models.FAMILIES[family](**sizes).components
     net = parts["transformer" if family == "sana" else "unet"]
@@ -226,33 +143,23 @@ def test_the_networks_are_of_the_published_sizes(name, millions):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU refuses")
 def test_what_needs_a_gpu_is_refused_on_a_cpu():
-    with pytest.raises(SystemExit, match="need a GPU: on a CPU take mid"):
-        bench.main(["step", "--model", "sd14"])
-    for flags in (["step"], ["pairs", "--model", "mid", "--random-weights"]):
-        with pytest.raises(SystemExit, match="--compile is for GPUs: .* loses the gradient"):
-            bench.main([*flags, "--compile"])
+    for flags in (["--model", "sd14"], ["--compile"]):
+        with pytest.raises(SystemExit, match="on a CPU there is --model mid alone, and no --compile"):
+            bench.main(flags)
 
 
-def test_random_weights_are_for_models_that_can_be_sampled():
-    with pytest.raises(SystemExit, match="--random-weights goes with"):
-        bench.main(["pairs", "--model", "sana", "--random-weights"])
+def test_numbers_out_of_range_are_named(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--micro-batch", "0"])
+    assert "argument --micro-batch: must be 1 or more, not 0" in capsys.readouterr().err
 
 
-def test_the_command_runs_from_the_root_and_ends_with_a_status(tmp_path, monkeypatch):
+def test_the_command_runs_from_the_root_and_ends_with_a_status(monkeypatch):
     tests = os.path.dirname(os.path.abspath(bench.__file__))
     root = os.path.dirname(tests)
     monkeypatch.setattr(sys, "path", [tests, *[path for path in sys.path if path not in (tests, root, "")]])
-    monkeypatch.setattr(sys, "argv", ["bench.py", "pairs", "--model", str(tmp_path)])
-    with pytest.raises(SystemExit, match=f"^{tmp_path} "):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--model", "sdxl"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="^on a CPU there is --model mid alone"):
         runpy.run_path(bench.__file__, run_name="__main__")
     assert sys.path[0] == root
-
-
-def test_pairs_are_timed_on_random_weights_beside_the_peak(tiny, capsys, monkeypatch):
-    monkeypatch.setitem(bench.ARCHITECTURES, "mid", TINY["tiny"])
-    model = bench.build("mid", "cpu")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.predict(model.net, torch.zeros(1, *model.latent_shape), torch.tensor([0]), dict(prompt_embeds=torch.zeros(1, 77, 32)))
-    bench.main(["pairs", "--model", "mid", "--random-weights", "--pairs", "4", "--turns", "1", "--steps", "2"])
-    (rate,), _, (share,) = rows_of(capsys.readouterr().out)["mid, ours"]
-    assert share / 100 == pytest.approx(rate * 4 * 2 * counter.get_total_flops() / 1e9, rel=0.05)

@@ -172,6 +172,31 @@ def as_published(folder):
 
 FAMILIES = dict(sd=sd, sd2=sd2, sdxl=sdxl, sana=sana, sd3=sd3)
 
+DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+SIZES = {  # a network for CPUs and three of the published sizes: the family, and what its function above takes
+    "mid": ("sd", dict(
+        net=dict(sample_size=16, block_out_channels=(64, 128, 256), norm_num_groups=32, attention_head_dim=8,
+                 cross_attention_dim=256, down_block_types=(CROSS_DOWN, CROSS_DOWN, DOWN),
+                 up_block_types=(UP, CROSS_UP, CROSS_UP)),
+        text=dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4))),
+    "sd14": ("sd", dict(
+        net=dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, norm_num_groups=32,
+                 attention_head_dim=8, cross_attention_dim=768, down_block_types=(CROSS_DOWN,) * 3 + (DOWN,),
+                 up_block_types=(UP,) + (CROSS_UP,) * 3), text=CLIP_L)),
+    "sdxl": ("sdxl", dict(
+        net=dict(sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2, norm_num_groups=32,
+                 attention_head_dim=[5, 10, 20], transformer_layers_per_block=[1, 2, 10], cross_attention_dim=2048,
+                 use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+                 projection_class_embeddings_input_dim=2816, down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN),
+                 up_block_types=(CROSS_UP, CROSS_UP, UP)), text=CLIP_L,
+        text_2=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                    projection_dim=1280))),
+    "sana": ("sana", dict(
+        net=dict(sample_size=32, in_channels=32, out_channels=32, num_attention_heads=36, attention_head_dim=32,
+                 num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152,
+                 caption_channels=2304)))}
+
 
 def make(folder, family="sd", seed=0):
     """Writes the folder; the same bytes for the same family and seed."""
