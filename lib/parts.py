@@ -27,6 +27,10 @@ diffusers.utils.logging.disable_progress_bar()
 # The safety checker replaces images by black ones, which has no place in training data or in a benchmark.
 WITHOUT = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 LORA = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+MEANINGS = {  # of what the libraries say of a folder here
+    "We couldn't connect to": "its settings are no JSON object: copy or download the model again",
+    "ignore_mismatched_sizes": "its weights do not fit its config.json",
+    "header too large": "its weights are damaged, or a pointer of git-lfs: then git lfs pull brings the weights"}
 VARIANT = r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors"  # in the name of a file with weights
 
 
@@ -40,7 +44,8 @@ def naming(what):
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         line = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]  # the layer that does not fit
-        line += ". If it is a pointer of git-lfs: git lfs pull brings the weights" * ("header too large" in line)
+        for sign, meaning in MEANINGS.items():
+            line = meaning if sign in line else line
         raise UserError(f"{what} cannot be loaded (safetensors only): {line}") from None
 
 

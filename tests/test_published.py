@@ -160,8 +160,8 @@ def test_a_variant_in_shards_becomes_plain_shards_in_the_result(only_half, tmp_p
 
 
 @pytest.mark.parametrize("part, change, said", [
-    ("unet", "pointer", "unet/diffusion_pytorch_model.safetensors cannot be loaded .*git-lfs: git lfs pull brings the weights"),
-    ("text_encoder", "pointer", "its text_encoder cannot be loaded .*git-lfs: git lfs pull brings the weights"),
+    ("unet", "pointer", "unet/diffusion_pytorch_model.safetensors cannot be loaded .*git-lfs: then git lfs pull brings the weights"),
+    ("text_encoder", "pointer", "its text_encoder cannot be loaded .*git-lfs: then git lfs pull brings the weights"),
     ("unet", "int8", "its unet is stored in I8: only models in floating point are read"),
     ("unet", "zeros", "its unet has weights of 0 only"), ("vae", "zeros", "its vae has weights of 0 only"),
     ("unet", "one more", r"its unet has the weights \['other.weight'\], which its config.json does not have")])
