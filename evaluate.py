@@ -276,17 +276,15 @@ def main(argv=None):
     judge.add_argument("--foreign", action="store_true", help="the images were made elsewhere, in generate's layout")
     for sub, default, text in ((make, PAPERS, "the paper's"), (judge, None, "all that have images")):
         sub.add_argument("--bench", nargs="+", choices=BENCHMARKS, default=default, help=f"(default: {text})")
-        sub.add_argument("--data", default="benchmarks", help="where the lists of prompts are kept, fetched if need be "
-                         "(default: %(default)s)")
+        sub.add_argument("--data", default="benchmarks", help="the folder of fetched lists (default: %(default)s)")
     tell.add_argument("runs", nargs="+", help="folders that score has scored; differences are to the first")
     tell.add_argument("--out", default="table.md", help="(default: %(default)s)")
     show.add_argument("--models", nargs="+", required=True, help="presets, hub ids, diffusers or LoRA folders")
-    show.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")
+    show.add_argument("--prompts", required=True, help="a .txt, .jsonl, .csv or .parquet file")
     show.add_argument("--out", default="grid.png", help="(default: %(default)s)")
     show.add_argument("--rows", type=at_least(1), default=4, help="how many prompts, from the first on (default: 4)")
     for sub, batch_size, seed in ((make, 20, 42), (show, 4, 0)):
-        sub.add_argument("--steps", type=at_least(1, high=1000),
-                         help="sampling steps (default, from scripts: 25, SANA 20)")
+        sub.add_argument("--steps", type=at_least(1, high=1000), help="of sampling (default by scripts: 25, SANA 20)")
         sub.add_argument("--guidance", type=at_least(0, float, high=100),
                          help="guidance scale (default, from scripts: 7.5, SDXL and SD3 5.0, SANA 4.5; shapes 3)")
         sub.add_argument("--batch-size", type=at_least(1), default=batch_size,

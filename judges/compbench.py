@@ -20,7 +20,7 @@ import torch
 import transformers
 from PIL import Image
 
-from judges.shared import fetch_lines, from_hub, from_url, normalised, overlap, rename, unit
+from judges.shared import fetch_lines, fits, from_hub, from_url, normalised, overlap, rename, unit
 from lib.files import UserError, read_json
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
@@ -223,9 +223,14 @@ def official_spatial(run):
         path = os.path.join(folder, "labels", "annotation_obj_detection_2d", "vqa_result.json")
         if not os.path.exists(path):
             return {}
-        answers = {row["question_id"]: float(row["answer"]) for row in read_json(path)}
-        files = os.listdir(os.path.join(folder, "samples"))
-        names = {int(name[-10:-4]): name for name in files if name.endswith(".png")}
+        rows, files = read_json(path), os.listdir(os.path.join(folder, "samples"))
+        try:
+            answers = {row["question_id"]: float(row["answer"]) for row in rows}
+            names = {int(name[-10:-4]): name for name in files if name.endswith(".png")}
+            if not all(fits(value, (0, 1)) for value in answers.values()):
+                raise ValueError("an answer is not between 0 and 1")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error!r}): run the official script again.") from None
         if answers.keys() != names.keys():
             raise UserError(f"{path} has {len(answers)} answers to {len(names)} images: run the official script again.")
         for k, value in answers.items():

@@ -525,6 +525,22 @@ def test_geneval_2_from_a_model_to_the_table_is_exact_after_a_stop(world, sd, ju
     assert "pixels 64" in text and "geneval2" not in evaluate.PAPERS  # --bench geneval2 asks for it
 
 
+def test_a_batch_is_judged_whole_after_a_stop(world, sd, monkeypatch):
+    """So that a score that depends on its batch, by padding or rounding, does not depend on a stop."""
+    generate(world, sd, "run", "--bench", "pick")
+    count, items, _ = evaluate.BENCHMARKS["pick"]
+    load = lambda device, data: lambda rows, images: [dict(value=len(rows) + i / 8) for i in range(len(rows))]  # noqa: E731
+    monkeypatch.setitem(evaluate.BENCHMARKS, "pick", (count, items, {"pick": (None, load, "counts")}))
+    score(world, "run", flags=["--batch-size", "3"])
+    path = world / "run" / "scores" / "pick.jsonl"
+    whole = path.read_text()
+    assert [json.loads(line)["value"] for line in whole.splitlines()] == [3, 3.125, 3.25, 1]
+    for lines in range(4):
+        path.write_text("".join(whole.splitlines(True)[:lines]) + '{"path"')
+        score(world, "run", flags=["--batch-size", "3"])
+        assert path.read_text() == whole
+
+
 def test_a_stop_costs_a_line_of_scores_wherever_it_came(tmp_path):
     path, line = tmp_path / "scores" / "pick.jsonl", '{"path": "é", "group": "a", "index": 0, "value": 1}\n'.encode()
     path.parent.mkdir()

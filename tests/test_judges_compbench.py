@@ -6,6 +6,7 @@ import tiny_judges
 import torch
 
 from judges import compbench, shared
+from lib.files import UserError
 
 
 def test_compbench_spatial_scores_are_the_official_ones():
@@ -62,3 +63,18 @@ def test_blip_is_asked_with_enc_and_without_padding():
     question = net.text_encoder(input_ids=torch.tensor([[30523, 1000, 1003, 102]]), encoder_hidden_states=states[:1]).last_hidden_state
     logits = net.text_decoder(input_ids=torch.tensor([[30522]]), encoder_hidden_states=question).logits[0, 0]
     assert together[0] == pytest.approx(torch.sigmoid(logits[2748] - logits[2053]).item(), abs=1e-6)  # bert's yes and no
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "is not valid JSON"), ("5", "TypeError"), ("[1]", "TypeError"), ('[{"question_id": 0}]', "KeyError"),
+    ('[{"question_id": 0, "answer": "x"}]', "ValueError"), ('[{"question_id": 0, "answer": NaN}]', "not between 0 and 1"),
+    ('[{"question_id": 0, "answer": 3}]', "not between 0 and 1"), ('[{"question_id": 1, "answer": 1}]', "run the official script again")])
+def test_official_results_of_another_kind_end_in_a_sentence(text, message, tmp_path):
+    for category in ("spatial", "complex"):
+        labels = tmp_path / "compbench" / category / "labels" / "annotation_obj_detection_2d"
+        labels.mkdir(parents=True)
+        (labels / "vqa_result.json").write_text(text)
+        (tmp_path / "compbench" / category / "samples").mkdir()
+        (tmp_path / "compbench" / category / "samples" / "a dog_000000.png").write_bytes(b"")
+    with pytest.raises(UserError, match=f"vqa_result.json .*{message}"):
+        compbench.official_spatial(str(tmp_path))
