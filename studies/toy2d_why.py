@@ -164,7 +164,7 @@ def draw_arrows(ref, seed, path):
                         width=0.007)
         axis.set(title=f"t = {step} of {T} ({kind})", aspect="equal", xlim=(MODES[k, 0] - 1.3, MODES[k, 0] + 1.3),
                  ylim=(MODES[k, 1] - 1.3, MODES[k, 1] + 1.3))
-    figure.suptitle("Where a noisy state of class c is sent: by D-DPO to its particular sample, by DDSPO to the class")
+    figure.suptitle("Where a noisy state of class c is sent: samples bend D-DPO's way, DDSPO's is part of the true one")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     save_figure(figure, path)
 
