@@ -406,9 +406,10 @@ def test_s14_the_leash_holds_winners_only_and_where_the_states_are_one_there_is_
 
 
 def test_s15_one_noise_for_both_changes_no_mean_gradient_and_lowers_the_variance_of_eq_4(world):
-    ref, (x_0_w, x_0_l, c, c_minus, t, _) = world
+    ref, update = world
+    x_0_w, x_0_l, c, c_minus, t, _ = (x[:128] for x in update)
     theta = copy.deepcopy(ref).requires_grad_(True)
-    eps = draws(3, 2, 200, 512, 2).float()
+    eps = draws(3, 2, 150, 128, 2).float()
 
     def first(objective, shared, k):
         states = [toy2d.noise(x_0, t, eps[0 if shared else side, k]) for side, x_0 in enumerate((x_0_w, x_0_l))]
@@ -418,12 +419,12 @@ def test_s15_one_noise_for_both_changes_no_mean_gradient_and_lowers_the_variance
         else:
             value = losses.diffusion_dpo_loss(*predictions, eps[0, k], eps[0 if shared else 1, k], 1.0)[0]
         return gradient(value.mean(), theta)
-    found = {shared: torch.stack([first("diffusion-dpo", shared, k) for k in range(200)]) for shared in (True, False)}
+    found = {shared: torch.stack([first("diffusion-dpo", shared, k) for k in range(150)]) for shared in (True, False)}
     variance = {shared: x.var(0).sum() for shared, x in found.items()}
-    assert 0.2 < variance[True] / variance[False] < 0.3
-    says(15, "on the toy, a quarter of the variance")
+    assert 0.18 < variance[True] / variance[False] < 0.35
+    says(15, "on the toy, with about a quarter of the variance")
     means = {shared: x.mean(0) for shared, x in found.items()}
-    error = ((variance[True] + variance[False]) / 200).sqrt()  # of the difference of the means, its length
+    error = ((variance[True] + variance[False]) / 150).sqrt()  # of the difference of the means, its length
     assert (means[True] - means[False]).norm() < 2 * error < 0.5 * means[True].norm()
     x_t_l = toy2d.noise(x_0_l, t, eps[0, 0])  # Eq. 7's gradient at the start: the loser's, whatever the winner's noise
     for k in (1, 2):
