@@ -175,10 +175,12 @@ def main(argv=None):
     parser.add_argument("--out", default="figures/toy2d_why.png", help="the picture (default: %(default)s); fig1.png "
                         "is written beside it")
     args = parser.parse_args(argv)
-    try_path(args.out)
+    fig1 = os.path.join(os.path.dirname(args.out), "fig1.png")
+    for path in (args.out, fig1):
+        try_path(path)
     torch.set_num_threads(1)  # as in toy2d.py
     refs = {seed: toy2d.train_reference(seed) for seed in tqdm(toy2d.SEEDS, "references", leave=False)}
-    draw_arrows(refs[2], 2, os.path.join(os.path.dirname(args.out), "fig1.png"))  # the seed that Fig. 2 shows
+    draw_arrows(refs[2], 2, fig1)  # the seed that Fig. 2 shows
     means = {}
     for source, (name, n) in tqdm(list(itertools.product(SOURCES, LINES)), "lines", leave=False):
         means[source, (name, n)] = np.mean([measure(ref, seed, source, n, OBJECTIVES[name])
