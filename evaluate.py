@@ -146,7 +146,7 @@ def save_image(image, path):
 
 
 def score(args):
-    """Judges all images of the runs that have no score yet: none may be missing. Processes share out the judges."""
+    """Judges all images of the runs that have no score yet: none may be missing. Processes share the judges."""
     rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
     tasks = [task for run in runs for task in find_tasks(run, args)][rank::world]
@@ -156,7 +156,7 @@ def score(args):
             shared.note_scores(run, name, bench, rows, BENCHMARKS[bench][2][name][2])
         loaders = {name: BENCHMARKS[bench][2][name][1] for run, bench, name, rows in tasks
                    if shared.without_score(run, name, rows)}
-        for load in list(loaders.values())[1:]:  # load every judge once: what is missing is an error now, not in hours
+        for load in list(loaders.values())[1:]:  # load each once, so that a missing package fails now, not after hours
             load(device, args.data)
         for run, _, name, rows in tasks:
             if shared.without_score(run, name, rows):
@@ -231,7 +231,7 @@ def table(args):
     if not args.out.lower().endswith(".md"):
         raise UserError(f"--out {args.out} must be the name of a file to write that ends in .md.")
     if not all(is_ours(file) for file in (args.out, path) if os.path.exists(file)):
-        raise UserError(f"{args.out} or {path} is there, and is no table of this program: give another --out.")
+        raise UserError(f"{args.out} or {path} exists and is no table of this program: give another --out.")
     text, whole = make_table(list(dict.fromkeys(map(os.path.normpath, args.runs))), BENCHMARKS)
     write_file(args.out, text + "\n")
     write_file(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
@@ -245,9 +245,9 @@ def grid(args):
     if not prompts:
         raise UserError(f"{args.prompts} has no prompts in it.")
     if os.path.exists(args.out) and not is_ours(args.out):
-        raise UserError(f"{args.out} is there, and is no picture of this program: give another --out.")
+        raise UserError(f"{args.out} exists and is no picture of this program: give another --out.")
     columns, device = [], place()[2]
-    for name in args.models[1:]:  # load every model once: one that cannot be loaded is an error now, not in an hour
+    for name in args.models[1:]:  # load each once, so that a damaged one fails now and not after an hour
         load_model(name, args, device)
     for name in args.models:
         model, images = load_model(name, args, device), []

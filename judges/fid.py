@@ -66,7 +66,7 @@ def load_inception(device):
 
 
 def load(device, data):
-    real_statistics(data)  # a file that cannot be read is noticed now, not after 30,000 images
+    real_statistics(data)  # a damaged file fails now and not after 30,000 images
     trunk, net = load_inception(device)
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ from lib.images import open_rgb
 
 FIXED = ("checksum", "steps", "guidance", "seed", "sampler", "precision", "pixels")  # the same for all in a folder
 OF_THE_LIST = ("path", "prompt", "group", "index", "kind", "atom_count", "skills")  # what scores repeat of a list
-VALUES = dict(  # what a judge says of an image, first what its mean is made of; a cosine may round to more than 1
+VALUES = dict(  # in a judge's row for an image; the first is averaged. A cosine may round to more than 1
     geneval=dict(correct=bool, lenient=bool, details=str), shapes=dict(correct=bool), blip=dict(value=(0, 1), kind=str),
     owl=dict(value=(0, 1)), clipscore=dict(value=(-1.01, 1.01)), hps=dict(value=(-101, 101)),
     hps21=dict(value=(-101, 101)), pick=dict(value=(-101, 101)),
@@ -138,19 +138,19 @@ def without_score(run, name, rows):
 
 
 def note_scores(run, name, bench, rows, judge=None):
-    """Notes of which images a judge's scores are, those of these `rows` of a list, and which weights the `judge` has.
-    Without `judge` the note must be there. Raises UserError if it says otherwise, or if an image's prompt or place in
-    the scores is not the list's. Returns the note."""
+    """Notes to which images a judge's scores belong, those of the `rows` of a list, and which weights the `judge` has.
+    Without `judge` the note must be there. Raises UserError if it says otherwise, or if a row of the scores has another
+    prompt, group or index than the list. Returns the note."""
     folder, settings = os.path.join(run, "scores", name), read_settings(run)
     path = os.path.join(folder, "settings.json")
     try:
         if not judge and not os.path.exists(path):
-            raise UserError(f"{path} is missing, which says of which images these scores are.")
+            raise UserError(f"{path} is missing: it says to which images these scores belong.")
         images = {key: settings[key] for key in FIXED} | dict(prompts=settings["lists"][bench])
         same_settings(path, images | (dict(list=list_checksum(rows), judge=judge) if judge else {}))
         found, note = read_scores(run, name) if name in VALUES else {}, read_json(path)
         if name in VALUES and list_checksum([found.get(row["path"], row) for row in rows]) != note.get("list"):
-            raise UserError(f"{folder}.jsonl was changed: an image's prompt, group or index is not the list's.")
+            raise UserError(f"{folder}.jsonl was changed: the prompt, group or index of an image is not the list's.")
     except UserError as error:
         raise UserError(f"{error} Or delete {folder}*, so that all is judged again.") from None
     return note
@@ -174,7 +174,7 @@ def open_image(path, size="unknown"):
 
 # ---- lists and networks
 
-# what is raised by damaged weights, and by a torchvision of another build
+# errors of damaged weights, and of a torchvision of another build
 BROKEN = (OSError, RuntimeError, EOFError, KeyError, TypeError, ImportError, pickle.UnpicklingError, SafetensorError)
 
 

@@ -14,11 +14,14 @@ class UserError(ValueError):
 
 
 def write_file(path, content):
-    """Writes text or bytes, whole or not at all, and makes the folder if there is none."""
+    """Writes text or bytes, whole or not at all, and makes the folder if there is none. A link stays a link."""
+    path = os.path.realpath(path) if os.path.islink(path) else path
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         with open(path + ".partial", "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
         os.replace(path + ".partial", path)
     except OSError as error:  # of a full disk it does not name the file
         if os.path.isfile(path + ".partial"):
@@ -142,6 +145,6 @@ def same_settings(path, settings, notes=()):
         stop_if_foreign(path)
         write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
     elif not isinstance(found := read_json(path), dict):
-        raise UserError(f"{path} is not what was written there: move {folder} away, or give another name.")
+        raise UserError(f"{path} is no JSON object: move {folder} away, or give another name.")
     elif what := difference(found, settings):
         raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")

@@ -94,6 +94,16 @@ def test_hpsv2_reads_prompts_as_open_clip_cleans_them(clip, monkeypatch):
     assert asked == [(["a dog's & a cat's"], preference.hps_pixels)]
 
 
+def test_hpsv2_has_the_weights_of_two_versions(monkeypatch):
+    urls = []
+    monkeypatch.setattr(preference, "from_hub", lambda *arguments: None)
+    monkeypatch.setattr(preference, "from_url", lambda build, config, url, convert, device: urls.append(url))
+    preference.load_hps("cpu", "")
+    preference.load_hps_21("cpu", "")
+    assert urls == ["https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt",
+                    "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt"]
+
+
 def test_weights_are_float32_whatever_their_file(clip, tmp_path):
     transformers.CLIPModel.from_pretrained(clip).half().save_pretrained(tmp_path / "half")
     assert shared.from_hub("CLIPModel", str(tmp_path / "half"), "cpu").dtype == torch.float32
