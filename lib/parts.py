@@ -139,18 +139,19 @@ def copy_parts(folder, config, variant, without, target):
     absent = {name: [None, None] if value is None else value for name, value in WITHOUT.items()}
     config = config | absent if "safety_checker" in config else config
     write_file(os.path.join(target, "model_index.json"), json.dumps(config, indent=2) + "\n")
-    for part, entry in config.items():
-        if isinstance(entry, list) and entry[0] and part != without:
-            read = [os.path.basename(path) for path in weight_files(folder, part, variant)]
-            infix = f".{variant}" if f".{variant}" in "".join(read) else ""
-            os.makedirs(os.path.join(target, part))
-            for name in os.listdir(os.path.join(folder, part)):
-                path, copy = os.path.join(folder, part, name), os.path.join(target, part, name.replace(infix, ""))
-                if name.endswith(f".safetensors.index{infix}.json"):
-                    with open(path, encoding="utf-8") as file:
-                        write_file(copy, file.read().replace(infix, ""))
-                elif name in read or name.endswith((".json", ".txt", ".model")) and ".index." not in name:
-                    shutil.copyfile(path, copy)
+    for part in [part for part, entry in config.items() if isinstance(entry, list) and entry[0] and part != without]:
+        read = [os.path.basename(path) for path in weight_files(folder, part, variant)]
+        infix = f".{variant}" if f".{variant}" in "".join(read) else ""
+        index = f".safetensors.index{infix}.json"
+        os.makedirs(os.path.join(target, part))
+        for name in os.listdir(os.path.join(folder, part)):
+            copy = os.path.join(target, part, name.replace(infix, ""))
+            settings = name.endswith((".json", ".txt", ".model")) and ".index." not in name
+            if name in read or settings or name.endswith(index):
+                shutil.copyfile(os.path.join(folder, part, name), copy)
+            if infix and name.endswith(index):  # it holds the names of the shards
+                with open(copy, encoding="utf-8") as file:
+                    write_file(copy, file.read().replace(infix, ""))
 
 
 def stored_dtype(folder, part, variant=None):
