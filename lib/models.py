@@ -352,11 +352,11 @@ def preset_of(name):
 
 
 def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
-    """The model called `name`: a preset, a hub id, a local diffusers folder or the folder of an adapter that train.py
-    wrote. All parts are in `dtype`, but the network is in `net_dtype` where that is given, and without `text` there
-    are no text encoders. Where dtype is float16, a model whose network is stored in bfloat16 is in bfloat16, and so
-    are SANA's and SD3's language models and SANA's autoencoder, which were made for it. Reads safetensors only. Raises
-    UserError if there is no such model or if it is damaged."""
+    """The model called `name`: a preset, a hub id or a local diffusers folder, each with @VARIANT or without, or the
+    folder of an adapter that train.py wrote. All parts are in `dtype`, but the network is in `net_dtype` where that is
+    given, and without `text` there are no text encoders. Where dtype is float16, a model whose network is stored in
+    bfloat16 is in bfloat16, and so are SANA's and SD3's language models and SANA's autoencoder, which were made for it.
+    Reads safetensors only. Raises UserError if there is no such model or if it is damaged."""
     adapter = name if os.path.isfile(os.path.join(name, LORA)) else None
     base = training_of(name, "model") if adapter else name
     if not base:
