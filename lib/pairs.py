@@ -45,9 +45,10 @@ class PairStore:
         self.open_shard = functools.lru_cache(64)(self.open_shard)  # a process may have some 1000 files open
 
     def open_shard(self, number):
-        """An open safetensors file, mapped into memory."""
+        """An open safetensors file, mapped into memory, and its size."""
         self.check_shard(number)
-        return safe_open(shard_path(self.folder, number), framework="pt")
+        path = shard_path(self.folder, number)
+        return safe_open(path, framework="pt"), os.path.getsize(path)
 
     def check_shard(self, number):
         """Raises UserError if a shard is not what was written, or holds what can be no latents of its pairs."""
@@ -77,7 +78,9 @@ class PairStore:
 
     def __getitem__(self, i):
         row = self.rows[i]
-        shard = self.open_shard(row["shard"])
+        shard, size = self.open_shard(row["shard"])
+        if os.path.getsize(shard_path(self.folder, row["shard"])) != size:  # reading past its end would end the process
+            raise UserError(f"{shard_path(self.folder, row['shard'])} was changed during the run: make the pairs anew.")
         x_0 = [shard.get_slice(name)[row["row"]] for name in self.names]
         return row, x_0[0], x_0[1] if len(x_0) > 1 else None
 
@@ -85,9 +88,16 @@ class PairStore:
 def read_meta(folder):
     """A store's meta.json, as a dict."""
     path = os.path.join(folder, "meta.json")
-    meta = read_json(path) if os.path.isfile(path) else None
-    if not isinstance(meta, dict) or not {"model", "latents", "scale", "negatives", "pairs", "shard_size",
-                                          "table"} <= meta.keys():
+    try:
+        meta = read_json(path) if os.path.isfile(path) else {}
+    except UserError:
+        meta = {}
+    kinds = dict(model=str, latents=list, scale=list, negatives=str, pairs=int, shard_size=int, table=str)
+    good = isinstance(meta, dict) and all(type(meta.get(key)) is kind for key, kind in kinds.items())
+    if good and "checksums" in meta:  # it is finished
+        good = (isinstance(meta["checksums"], list) and isinstance(meta.get("left_out", []), list)
+                and meta["shard_size"] > 0 and len(meta["checksums"]) == -(-meta["pairs"] // meta["shard_size"]))
+    if not good or meta["negatives"] not in ("generated", "none"):
         raise UserError(f"{folder} is no pair store, or its meta.json is damaged: give another path, or make the pairs "
                         "in a new folder.")
     return meta
@@ -122,8 +132,11 @@ def write_shard(folder, number, content, left_out):
 
 def is_whole(folder, number):
     """Whether a shard of an unfinished store is what was written."""
-    note = note_path(folder, number)
-    return os.path.isfile(note) and read_json(note)["checksum"] == checksum(shard_path(folder, number))
+    try:
+        note = read_json(note_path(folder, number))
+    except (UserError, OSError):
+        return False
+    return isinstance(note, dict) and note.get("checksum") == checksum(shard_path(folder, number))
 
 
 def finish_store(folder, shards):

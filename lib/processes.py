@@ -23,9 +23,14 @@ def program(main):
     """Ends main with a sentence where the user can put it right; a bug keeps its traceback."""
     @functools.wraps(main)
     def run(argv=None):
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by >&-
+                setattr(sys, name, open(os.devnull, "w"))
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
         try:
+            if sys.flags.optimize > 1:
+                raise UserError("python -OO drops the texts that --help shows: start without -OO.")
             result = main(argv)
             sys.stdout.flush()
             return result
@@ -74,7 +79,10 @@ def given_flags(parser, argv):
 def holding(folder):
     """Makes a folder and holds it for this process alone; a folder into which nothing was written goes again. Raises
     UserError if another process holds it."""
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} cannot be a folder, because a file is in its place: give another --out.") from None
     lock = os.path.join(folder, ".lock")
     try:
         with FileLock(lock, timeout=0):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import tiny_models
@@ -25,7 +26,7 @@ import train
 from lib import adapters, models, runs
 from lib.files import UserError, checksum
 from lib.pairs import shard_path
-from lib.processes import holding
+from lib.processes import holding, program
 
 
 def error_of(function):
@@ -205,11 +206,50 @@ def test_a_policy_of_another_kind_is_refused(family, sd, pairs, tmp_path):
     assert f"--winner {tmp_path / family} is a model of another kind" in error
 
 
-def test_a_model_or_a_pair_store_is_no_folder_for_a_run(sd, pairs):
+def test_a_run_does_not_write_into_a_model_a_pair_store_or_something_elses_folder(sd, pairs, tmp_path):
     for folder in (sd, pairs):
         before = read_folder(folder)
-        assert "is a model or a pair store" in error_of(lambda folder=folder: run(sd, pairs, folder, "--updates", 1))
-        assert read_folder(folder) == before
+        for place in (folder, os.path.join(folder, "unet"), os.path.join(folder, "new", "run")):
+            said = error_of(lambda place=place: run(sd, pairs, place, "--updates", 1))
+            assert said == f"--out {place}: {folder} is a model or a pair store: give a folder outside it."
+        assert read_folder(folder) == before and not os.path.exists(os.path.join(folder, "new"))
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert "because a file is in its place: give another --out" in error_of(lambda place=place: run(sd, pairs, place, "--updates", 1))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_of_results_in_place_of_a_policy_or_a_model_is_answered_with_the_result(sd, pairs, tmp_path):
+    run(sd, pairs, tmp_path / "w", "--updates", 1, "--lora-rank", 2)
+    for flags in (["--winner", tmp_path / "w", "--loser", tmp_path / "w" / "lora"], ["--loser", tmp_path / "w", "--winner", tmp_path / "w" / "lora"]):
+        assert f"give {tmp_path / 'w' / 'lora'}" in error_of(lambda flags=flags: run(sd, pairs, tmp_path / "run", "--updates", 1, *flags))
+    assert f"give {tmp_path / 'w' / 'lora'}" in error_of(lambda: run(str(tmp_path / "w"), pairs, tmp_path / "run", "--updates", 1))
+
+
+def test_a_first_gradient_of_0_stops_the_run(sd, pairs, tmp_path, monkeypatch):
+    real = train.step_loss
+
+    def step_loss(*batch):
+        loss, info = real(*batch)
+        return loss * 0, info
+
+    monkeypatch.setattr(train, "step_loss", step_loss)
+    assert "the first gradient is 0, so that nothing would be learned" in error_of(lambda: run(sd, pairs, tmp_path, "--updates", 1))
+    assert not (tmp_path / "pipeline").exists() and not runs.checkpoints(str(tmp_path))
+
+
+def test_a_shard_that_is_cut_under_a_running_trainer_ends_it_with_a_sentence(sd, pairs, tmp_path, monkeypatch):
+    store, real, calls = shutil.copytree(pairs, tmp_path / "store"), train.step_loss, []
+
+    def step_loss(*batch):
+        calls.append(1)
+        for path in store.glob("*.safetensors") if len(calls) == 3 else ():
+            os.truncate(path, 300)
+        return real(*batch)
+
+    monkeypatch.setattr(train, "step_loss", step_loss)
+    assert re.search("shard-0000..safetensors was changed during the run: make the pairs anew",
+                     error_of(lambda: run(sd, str(store), tmp_path / "run", "--updates", 20)))
 
 
 # ---- the folder of the run
@@ -419,3 +459,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run(precision, sd, pairs, tmp_p
     assert "update 1: the gradient is not finite, though each loss is" in error
     assert ("take --precision fp32" in error) == (precision == "fp16") and "lower --lr" not in error  # what can be the cause
     assert not (tmp_path / "pipeline").exists()
+
+
+# ---- how it is started
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_is_no_fault(name, monkeypatch):
+    monkeypatch.setattr(sys, name, None)  # what Python makes of >&- and 2>&-
+    assert program(lambda argv: print("x", file=getattr(sys, name)) or argv)([1]) == [1]
+
+
+def test_missing_texts_are_named(monkeypatch):
+    monkeypatch.setattr(sys, "flags", types.SimpleNamespace(optimize=2))
+    assert error_of(lambda: program(lambda argv: argv)([])) == "python -OO drops the texts that --help shows: start without -OO."
