@@ -9,10 +9,8 @@ that the same command goes on where it was stopped.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
@@ -172,12 +170,10 @@ def make_reference(folder, updates, home="runs/shapes-reference"):
         average, state = fit(net, loss_of_batch, updates, 128, 1e-3, net_path,
                              lambda net: validate(make_pipeline(vae, tokenizer, net, scheduler), prompts))
         make_pipeline(vae, tokenizer, average, scheduler).to(dtype=torch.float16).save_pretrained(folder + ".partial")
-        packages = ("torch", "diffusers", "transformers", "numpy", "scipy")
         commands = [f"python -m studies.shapes_reference --updates {n}" for n in state["ends"]]
         training = dict(commands=commands, seed=SEED, images=IMAGES, autoencoder_updates=AUTOENCODER_UPDATES,
                         updates=updates, minutes=round((vae_state["seconds"] + state["seconds"]) / 60),
-                        threads=torch.get_num_threads(), python=platform.python_version(),
-                        versions={name: importlib.metadata.version(name) for name in packages})
+                        threads=torch.get_num_threads(), versions=dict(torch=torch.__version__))
         write_file(os.path.join(folder + ".partial", "training.json"), json.dumps(training, indent=1) + "\n")
         replace_folder(folder + ".partial", folder)
         print(f"wrote {folder}")
