@@ -83,18 +83,26 @@ def read_image_pairs(path):
 def read_pick_a_pic(files):
     """The rows of .parquet files with Pick-a-Pic's columns. Ties, and what else is no comparison, are left out and
     counted."""
-    rows, left_out, number = [], collections.Counter(), 0
+    rows, bad, left_out, number = [], [], collections.Counter(), 0
     for path in files:
         for group, k, row in parquet_rows(path, ["caption", "label_0"], ["are_different"]):
             number += 1
-            if row["label_0"] not in (0, 1):
+            label = row["label_0"]
+            label = "" if label != label else label  # NaN, as null
+            if label not in ("", 0, 0.5, 1) or not isinstance(row["caption"], str):
+                bad.append(f"{path}:{number}: not a row with a text as caption and 0, 0.5 or 1 as label_0: "
+                           f"{str(row)[:80]}")
+            elif label == 0.5:
                 left_out["ties"] += 1
+            elif label == "":
+                left_out["without a label"] += 1
             elif not row["caption"].strip() or row.get("are_different") is False:
                 left_out["without a caption or of one image"] += 1
             else:
-                best, place = 0 if row["label_0"] == 1 else 1, f"{path}/{group}/{k}/jpg_"
+                best, place = 0 if label == 1 else 1, f"{path}/{group}/{k}/jpg_"
                 rows.append(dict(id=f"{number:06d}", c=row["caption"].strip(), c_minus=None,
                                  winner=f"{place}{best}", loser=f"{place}{1 - best}"))
+    stop_if_bad(", ".join(files[:3]), bad)
     for which, n in left_out.items() if is_first() else ():
         print(f"left out {n} of {number} pairs: {which}")
     return rows

@@ -42,7 +42,8 @@ def read_prompts(source):
     if source == "diffusiondb" and not os.path.exists(source):
         source = fetch_diffusiondb()
     if not os.path.isfile(source):
-        raise UserError(f"there is no file {source}.")
+        raise UserError(f"{source} is a folder or a pipe, and no file." if os.path.exists(source) else
+                        f"there is no file {source}.")
     kind = os.path.splitext(source)[1].lower()
     if kind == ".jsonl":
         rows = ((number, {"prompt": row["c"]} | row if isinstance(row, dict) and "c" in row else row)
@@ -142,6 +143,8 @@ def read_perturbed(path, seed):
 
 # ---- rows of files
 
+NUL = "\udc00"  # what lib/files.py reads in its place
+
 
 def parquet_rows(path, columns, optional=(), group=None):
     """Yields (row group, number in it, {column: cell}) for each row of a .parquet file or of one row group; an empty
@@ -190,10 +193,15 @@ def check_rows(path, rows, fields):
         try:
             if isinstance(row, str):  # a line that is no JSON
                 row.encode()
-            texts, name = [row[field].strip() for field in fields], str(row.get("id", f"{number:06d}"))
-            "".join(texts + [name]).encode()
-        except UnicodeError:
-            bad.append(f"{path}:{number}: not UTF-8: save the file as UTF-8")
+            texts, name = [row[field].strip() for field in fields], row.get("id")
+            if type(name) not in (str, int, type(None)):
+                bad.append(f"{path}:{number}: its id is neither a text nor a number: {str(name)[:80]}")
+                continue
+            name = f"{number:06d}" if name is None else str(name)
+            "".join(texts + [name]).replace("\0", NUL).encode()
+        except UnicodeError as error:
+            what = "it holds a NUL: it is no text, or UTF-16" if NUL in error.object else "not UTF-8"
+            bad.append(f"{path}:{number}: {what}: save the file as UTF-8")
         except (KeyError, TypeError, AttributeError):
             bad.append(f"{path}:{number}: not a row with texts {', '.join(fields)}: "
                        + str(row)[:80].encode(errors="replace").decode())

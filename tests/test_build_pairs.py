@@ -26,7 +26,7 @@ import build_pairs
 import perturb
 from lib import models, plots
 from lib.files import UserError, checksum
-from lib.images import image_bytes, read_pair
+from lib.images import image_bytes, open_rgb, read_image_pairs, read_pair
 from lib.pairs import PairStore, check_store, shard_path
 from lib.processes import holding
 
@@ -130,18 +130,26 @@ def test_winners_only_are_the_winners_of_the_pairs(sd, prompts, pairs, tmp_path)
         build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
 
 
-def test_latents_that_are_not_finite_are_not_stored(sd, prompts, tmp_path, monkeypatch):
+def test_latents_that_are_not_finite_are_not_stored_or_left_out(sd, prompts, pairs, tmp_path, monkeypatch, capsys):
     real = models.sample
 
     def sample(model, c, x_T, *settings):
         x_0 = real(model, c, x_T, *settings)
-        x_0[len(x_T) // 2 + 1, 0, 0, 0] = float("nan")  # the second loser
+        x_0[min(len(x_T) // 2 + 1, len(x_T) - 1), 0, 0, 0] = float("nan")  # the second loser, or the only one
         return x_0
 
     monkeypatch.setattr(models, "sample", sample)
-    with pytest.raises(SystemExit, match=r"the pairs \['p1'\] are not finite"):
+    with pytest.raises(SystemExit, match=r"the pairs \['p1'\] are not finite: .* Give --skip-bad"):
         build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
     assert sorted(read_folder(tmp_path / "store")) == ["meta.json", "pairs.jsonl"]
+    build(sd, tmp_path / "store", "--prompts", prompts, "--skip-bad", *STEPS)
+    store, whole, kept = PairStore(tmp_path / "store"), PairStore(pairs), [0, 2, 3, 5, 6, 8]  # of the last, x_0_w is bad
+    assert [row["id"] for row in store.rows] == [f"p{i}" for i in kept] and "store: 6 pairs in 4 shards" in capsys.readouterr().out
+    for i, k in enumerate(kept):
+        assert store[i][0] == whole[k][0] and all((x == y).all() for x, y in zip(store[i][1:], whole[k][1:]))
+    assert check_store(store, models.load(sd)) == []
+    build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
+    assert "is complete: 6 pairs; nothing was done" in capsys.readouterr().out
 
 
 def on_white(x):
@@ -313,6 +321,31 @@ def test_killed_at_any_change_to_any_file_it_goes_on_to_the_same_store(sd, promp
     assert code == 0 and n > 13  # the folder, and opening and renaming 3 files that are written 4 times at least
 
 
+@pytest.mark.parametrize("damage", ["junk", "zeros", "empty", "half", "NaN", "a missing key", "float16", "reversed", "no note", "a bad note", "another's note"])
+def test_a_shard_of_an_unfinished_store_that_is_not_what_was_written_is_made_again(damage, sd, prompts, pairs, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped"):
+        stop_at_call(patch, 3)
+        build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
+    path, note = (str(tmp_path / "store" / f"shard-00001.{end}") for end in ("safetensors", "json"))
+    content, x_0 = open(path, "rb").read(), load_file(path)
+    bytes_of = dict(junk=b"junk", zeros=bytes(len(content)), empty=b"", half=content[:len(content) // 2])
+    changes = {"NaN": lambda x: x * torch.nan, "float16": lambda x: x.half(), "reversed": lambda x: x.flip(0)}
+    if damage in bytes_of:
+        open(path, "wb").write(bytes_of[damage])
+    elif damage in changes:
+        save_file({name: changes[damage](x).contiguous() for name, x in x_0.items()}, path)
+    elif damage == "a missing key":
+        save_file(dict(x_0_w=x_0["x_0_w"]), path)
+    else:
+        os.remove(note)
+        open(note, "w").write("{" if damage == "a bad note" else "[]") if damage != "no note" else None
+    capsys.readouterr()
+    made = stop_at_call(monkeypatch, 9)
+    build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
+    assert made == ["p3", "p6", "p9"] and f"{path} is damaged: it is made again\n" in capsys.readouterr().out
+    assert read_folder(tmp_path / "store") == read_folder(pairs)
+
+
 def test_two_processes_make_the_same_store(sd, prompts, pairs, tmp_path):
     out = str(tmp_path / "store")  # judged by what it wrote: gloo processes sometimes abort after all is done
     launch.run("build_pairs", ["--model", sd, "--prompts", prompts, "--out", out, *STEPS], processes=2)
@@ -378,9 +411,13 @@ def test_a_changed_table_or_meta_is_noticed(sd, prompts, copy):
         (copy / "pairs.jsonl").write_text(change) if change is not None else (copy / "pairs.jsonl").unlink()
         with pytest.raises(UserError, match="pairs.jsonl is missing or was changed"):
             PairStore(copy)
-    for change in ("", "{", "[1]", "{}"):
+    meta = json.loads((copy / "meta.json").read_text())
+    wrong = [dict(checksums=[]), dict(checksums=5), dict(shard_size=0), dict(shard_size="3"), dict(model=5), dict(negatives="x"), dict(pairs=True), dict(left_out=3)]
+    for change in ("", "{", "[1]", "{}", *[json.dumps(meta | change) for change in wrong]):
         (copy / "meta.json").write_text(change)
-        with pytest.raises(SystemExit, match="meta.json is (not valid JSON|damaged)"):
+        with pytest.raises(UserError, match="is no pair store, or its meta.json is damaged: give another path"):
+            PairStore(copy)
+        with pytest.raises(SystemExit, match="is no pair store, or its meta.json is damaged: give another path"):
             build(sd, copy, "--prompts", prompts, *STEPS)
 
 
@@ -517,6 +554,60 @@ def test_an_image_that_was_replaced_is_noticed_when_the_command_is_given_again(s
     assert read_folder(tmp_path / "store") == whole
 
 
+def test_every_kind_of_image_becomes_rgb_as_it_is_seen(tmp_path):
+    ramp = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
+    grey = ramp[..., None].repeat(3, 2)
+    alpha = np.full((4, 4, 1), 255, np.uint8)
+    alpha[0] = 0
+    on_white = np.where(alpha == 0, 255, grey)
+    index = Image.fromarray(ramp // 17, "P") if hasattr(Image, "nothing") else Image.fromarray(ramp // 17).convert("P")
+    index.putpalette(sum(([17 * i] * 3 for i in range(16)), []))
+    for name, image, expected, how in (
+            ("grey.png", Image.fromarray(ramp), grey, {}), ("deep.png", Image.fromarray(ramp.astype(np.uint16) * 257), grey, {}),
+            ("deep.tif", Image.fromarray(ramp.astype(np.uint16) * 257), grey, {}), ("deep.pgm", Image.fromarray(ramp.astype(np.int32) * 257), grey, {}),
+            ("clear.png", Image.fromarray(np.concatenate([grey, alpha], 2)), on_white, {}), ("clear.tif", Image.fromarray(np.concatenate([ramp[..., None], alpha], 2), "LA"), on_white, {}),
+            ("colour.png", Image.fromarray(grey), np.where(grey == 34, 255, grey), dict(transparency=(34, 34, 34))),
+            ("index.png", index, np.where(grey == 34, 255, grey), dict(transparency=2)), ("bits.png", Image.fromarray(ramp > 99), (grey > 99) * 255, {}),
+            ("ink.tif", Image.fromarray(grey).convert("CMYK"), grey, {})):
+        image.save(tmp_path / name, **how)
+        found = open_rgb(tmp_path / name)
+        assert found.mode == "RGB" and (np.array(found) == expected).all(), name
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(ramp.astype(np.int32) * 9999999).save(tmp_path / "long.tif")
+    Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(tmp_path / "nothing.png")
+    for name, message in (("float.tif", "numbers of kind F without a known white"), ("long.tif", "of kind I without"), ("nothing.png", "wholly transparent")):
+        with pytest.raises(ValueError, match=message):
+            open_rgb(tmp_path / name)
+
+
+def test_images_that_differ_only_where_nothing_is_seen_make_no_pair(tmp_path):
+    rgba = np.full((8, 8, 4), 9, np.uint8)
+    rgba[0, :, 3], rgba[1:, :, 3] = 0, 255
+    Image.fromarray(rgba).save(tmp_path / "w.png")
+    rgba[0, :, :3] = 200
+    Image.fromarray(rgba).save(tmp_path / "l.png")
+    row = dict(id="4", winner=str(tmp_path / "w.png"), loser=str(tmp_path / "l.png"))
+    with pytest.raises(UserError, match=r"^pair 4: \S*w.png and \S*l.png are the same image$"):
+        read_pair(row)
+    rgba[0, :, 3] = 128
+    Image.fromarray(rgba).save(tmp_path / "l.png")
+    assert read_pair(row)[1].getpixel((0, 0)) == (227, 227, 227)
+
+
+@pytest.mark.parametrize("column, cell", [("label_0", "1"), ("label_0", 0.7), ("label_0", -1.0), ("caption", 3)])
+def test_a_label_or_caption_of_another_kind_is_named(column, cell, tmp_path):
+    path = str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"label_0": [1.0], "caption": ["a fox"]} | {column: [cell]}), path)
+    with pytest.raises(UserError, match="a.parquet:1: not a row with a text as caption and 0, 0.5 or 1 as label_0: {"):
+        read_image_pairs(path)
+
+
+def test_null_and_nan_are_no_labels(tmp_path, capsys):
+    pyarrow.parquet.write_table(pyarrow.table(dict(label_0=[1.0, None, float("nan"), 0.5, 0.0], caption=["a fox"] * 5)), tmp_path / "a.parquet")
+    assert [row["id"] for row in read_image_pairs(str(tmp_path / "a.parquet"))] == ["000001", "000005"]
+    assert capsys.readouterr().out == "left out 2 of 5 pairs: without a label\nleft out 1 of 5 pairs: ties\n"
+
+
 def pick_a_pic(path, rows, group=2):
     """Writes a .parquet file of (jpg_0, jpg_1, label_0, caption), with a column that nobody reads."""
     cells = zip(*rows, strict=True)
@@ -536,7 +627,7 @@ def test_pick_a_pics_files_give_the_pairs_that_their_images_would_without_ties(s
     capsys.readouterr()
     build(sd, tmp_path / "store", "--from-images", folder, "--shard-size", 3)
     said = capsys.readouterr().out
-    assert "left out 3 of 8 pairs: ties\n" in said and "left out 1 of 8 pairs: without a caption or of one image\n" in said
+    assert "left out 2 of 8 pairs: ties\n" in said and "left out 1 of 8 pairs: without a label\n" in said and "left out 1 of 8 pairs: without a caption or of one image\n" in said
     assert f"4 pairs in 2 shards\nnext: python train.py --model {sd} --pairs {tmp_path / 'store'} --objective diffusion-dpo\n" in said
     ours, theirs = PairStore(tmp_path / "store"), PairStore(tmp_path / "files")
     assert [row["id"] for row in ours.rows] == ["000001", "000003", "000005", "000007"]
@@ -607,7 +698,7 @@ def test_a_bad_line_is_named_and_nothing_is_begun(flag, row, message, sd, photos
     (["--prompts", __file__], "test_build_pairs.py: there is no such .jsonl file"),
     (["--batch-size", "0"], "--batch-size: must be 1 or more, not 0"), (["--shard-size", "0"], "--shard-size: must be 1 or more"),
     (["--steps", "0"], "--steps: must be 1 or more"), (["--seed", "-1"], "--seed: must be 0 or more"),
-    (["--guidance", "nan"], "--guidance: must be 0 or more, not nan"), (["--guidance", "1e9"], "--guidance: must be 100 or less, not 1e9"), (["--out", __file__], "cannot read or write: .*File exists"),
+    (["--guidance", "nan"], "--guidance: must be 0 or more, not nan"), (["--guidance", "1e9"], "--guidance: must be 100 or less, not 1e9"), (["--out", __file__], "cannot be a folder, because a file is in its place"),
     *[(["--from-images", path], rf"--from-images {path}\S*: must be a folder with a metadata.jsonl or with Pick-a-Pic's .parquet files, or one such file")
       for path in (os.path.dirname(__file__), __file__, "none.jsonl")],
     *[(["--from-images", ".", flag, value], f"{flag} goes with pairs that are generated, not with --from-images")

@@ -162,7 +162,7 @@ def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["none.txt", "out.jsonl"], "no file none.txt"),
+    (["none.txt", "out.jsonl"], "no file none.txt"), ([".", "out.jsonl"], "^. is a folder or a pipe, and no file.$"), (["pipe", "out.jsonl"], "^pipe is a folder or a pipe"),
     (["p.txt", "p.txt"], "^p.txt is there already, and perturb.py did not write it: give another name.$"),
     *[([name, "out.jsonl"], f"{name}: the prompts must be a .txt, .jsonl, .csv or .parquet file.") for name in ("p.json", "p.tsv")],
     *[([name, "out.jsonl"], f"{name} must have one column prompt; it has a prompt of words") for name in ("p.csv", "p.CSV")],
@@ -183,10 +183,27 @@ def test_mistakes_end_in_one_sentence(arguments, message, tmp_path, monkeypatch)
     for name in ("mine.jsonl", "new.jsonl.rejected.jsonl"):
         (tmp_path / name).write_text(json.dumps(row) + '\n{"id": "2", "c": "a b", "c_minus": "a"}\n')
     os.symlink("nowhere", "dangling")
+    os.mkfifo("pipe")
     before = {name: os.path.isfile(name) and open(name, "rb").read() for name in os.listdir()}
     with pytest.raises(SystemExit, match=message):
         perturb.main(arguments)
     assert {name: os.path.isfile(name) and open(name, "rb").read() for name in os.listdir()} == before
+
+
+def test_a_link_as_out_stays_a_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a prompt of words\n")
+    perturb.main(["p.txt", "real.jsonl"])
+    before = (tmp_path / "real.jsonl").read_bytes()
+    os.symlink("real.jsonl", "out.jsonl")
+    perturb.main(["p.txt", "out.jsonl", "--seed", "1"])
+    assert os.path.islink("out.jsonl") and (tmp_path / "real.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes() != before
+
+
+def test_it_works_where_nothing_can_be_said(tmp_path):
+    (tmp_path / "p.txt").write_text("a prompt of words\n")
+    done = subprocess.run(f"{sys.executable} {os.path.abspath(perturb.__file__)} p.txt out.jsonl >&- 2>err", shell=True, cwd=tmp_path)
+    assert done.returncode == 0 and len(rows_of(tmp_path / "out.jsonl")) == 1 and "Traceback" not in (tmp_path / "err").read_text()
 
 
 # ---- sources and samples
@@ -246,7 +263,11 @@ def write(path, content):
     ("p.parquet", lambda p: write_table(p, ["a b", "c d"], id=["x", "x"]), "^p.parquet:2: the id x is already that of line 1"),
     ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), "p.parquet must have one column prompt; it has n, text"),
     ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table([["a b"], ["c d"]], ["prompt", "prompt"]), p), "p.parquet must have one column prompt; it has prompt, prompt"),
-    *[(name, lambda p, text=text: write(p, text), rf"^{name}:1: not UTF-8: save the file as UTF-8\n(.|\n)*2 bad lines in {name} to be") for name, text in (
+    ("p.jsonl", lambda p: write(p, b'{"prompt": "a b", "id": [1]}\n{"prompt": "a b", "id": 2.5}'), r"^p.jsonl:1: its id is neither a text nor a number: \[1\]\np.jsonl:2: its id is"),
+    ("p.txt", lambda p: write(p, b"two cups\na red\0 fox\n"), "^p.txt:2: it holds a NUL: it is no text, or UTF-16: save the file as UTF-8\n1 bad line"),
+    ("p.jsonl", lambda p: write(p, b'{"prompt": "a red\\u0000 fox"}'), "^p.jsonl:1: it holds a NUL"),
+    ("p.csv", lambda p: write(p, "prompt\nein Bär\n".encode("latin-1")), "^p.csv cannot be read as a .csv file: "),
+    *[(name, lambda p, text=text: write(p, text), rf"^{name}:1: (not UTF-8|it holds a NUL: it is no text, or UTF-16): save the file as UTF-8\n(.|\n)*2 bad lines in {name} to be") for name, text in (
         ("p.txt", "a red fox\ntwo cups".encode("utf-16")), ("p.txt", "a red fox\ntwo cups".encode("utf-16-le")),
         ("p.jsonl", '{"prompt": "a fox"}\n{"prompt": "a cup"}'.encode("utf-16")), ("p.txt", "ein Bär\nöl\n".encode("latin-1")))],
     ("p.parquet", lambda p: write(p, b"not a table"), "p.parquet cannot be read as a .parquet file: "),
