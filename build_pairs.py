@@ -91,7 +91,7 @@ def main(argv=None):
         if args.compile:
             model.net.compile()
         shards = [rows[k:k + args.shard_size] for k in range(0, len(rows), args.shard_size)]
-        store = PairStore(out) if "checksums" in read_meta(out) else None  # it was finished: it must be so still
+        store = PairStore(out) if "checksums" in read_meta(out) else None  # a finished store must be whole still
         for number in range(len(shards))[rank::world]:
             check_made(out, number, shards[number], images, store)
         barrier()  # all shards were checked before the list of those to be made
@@ -124,8 +124,7 @@ def begin_store(args, out, rows, model, how):
     if not args.from_images:
         settings |= dict(sampler=type(model.pipe.scheduler).__name__, steps=how["steps"], guidance=how["guidance"],
                          seed=args.seed)
-    placed = [row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows)]
-    text = to_lines(placed)
+    text = to_lines(row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows))
     notes = dict(model=args.model, table=text_checksum(text),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
     meta, table = os.path.join(out, "meta.json"), os.path.join(out, "pairs.jsonl")

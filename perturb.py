@@ -83,6 +83,12 @@ def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
     is still missing, with another seed for each batch. Prompts of like length are asked together: less padding."""
     results, left = {}, sorted(rows, key=lambda row: len(row[1]))
 
+    def result(name, c, answer):
+        try:
+            return dict(id=name, c=c, c_minus=read(answer, c))
+        except ValueError as error:
+            return dict(id=name, c=c, answer=answer, reason=str(error))
+
     def settled(name):
         return results[name].get("reason", VAGUE) == VAGUE
 
@@ -90,11 +96,7 @@ def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
         for start in range(0, len(left), batch_size):
             batch = left[start:start + batch_size]
             answers = ask([c for _, c in batch], random.Random(f"{seed} {attempt} {start}").getrandbits(63))
-            for (name, c), answer in zip(batch, answers, strict=True):
-                try:
-                    results[name] = dict(id=name, c=c, c_minus=read(answer, c))
-                except ValueError as error:
-                    results[name] = dict(id=name, c=c, answer=answer, reason=str(error))
+            results |= {name: result(name, c, answer) for (name, c), answer in zip(batch, answers, strict=True)}
             if not (bar.n or bar.disable):  # a wrong instruction is seen at once
                 tqdm.write(f"for example: {results[batch[0][0]]}")
             bar.update(sum(settled(name) for name, _ in batch))

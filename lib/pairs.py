@@ -41,6 +41,8 @@ class PairStore:
         self.rows, self.rows_of = [row for row in read_lines(table) if row["id"] not in left_out], {}
         for row in self.rows:
             self.rows_of.setdefault(row["shard"], []).append(row)
+        if not self.rows:
+            raise UserError(f"the pair store {folder} has no pairs: all were bad and left out.")
         self.check_shard = functools.cache(self.check_shard)
         self.open_shard = functools.lru_cache(64)(self.open_shard)  # a process may have some 1000 files open
 
