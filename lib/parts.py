@@ -182,7 +182,8 @@ def put_adapter(pipe, folder, name, flag=""):
         if keys and not unused:
             pipe.load_lora_weights(folder, adapter_name=name, **given)
             used = {key: x for net in parts.values() for key, x in net.named_parameters() if f".{name}." in key}
-            unused = keys if len(used) != len(keys) else []
+            of_text = [key for key in keys if key.startswith("text_encoder")]  # whose layers have several names
+            unused = of_text or keys if len(used) != len(keys) else []
     if unused or not keys:
         raise UserError(f"{what}{len(unused)} of its {len(keys)} tensors are for no layer of it: "
                         f"{', '.join(unused[:3])}")

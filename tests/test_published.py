@@ -342,6 +342,13 @@ def test_every_tensor_of_an_adapter_is_used_or_it_is_refused(sd, adapter, change
         assert not torch.equal(models.load(adapter).encode(PROMPTS)["prompt_embeds"], model.encode(PROMPTS)["prompt_embeds"])
 
 
+def test_a_tensor_for_no_layer_of_a_text_encoder_is_noticed(adapter):
+    shapes = dict(lora_A=(2, 32), lora_B=(32, 2))
+    adapter_file(adapter, lambda w: w | {f"text_encoder.encoder.layers.{i}.self_attn.q_proj.{ab}.weight": torch.ones(shape)
+                                         for i in (0, 7) for ab, shape in shapes.items()})
+    refused(adapter, f"{adapter} is no adapter for this model: 4 of its 68 tensors are for no layer of it: text_encoder.*q_proj.lora_A")
+
+
 @torch.no_grad()
 def test_an_adapter_in_kohyas_format_is_the_same_as_a_policy_and_as_a_model(sd, adapter):
     plain, x = models.load(adapter), inputs(models.load(sd))
