@@ -311,6 +311,15 @@ def test_a_sample_is_those_of_smallest_hash_whatever_else_stands_in_the_file_and
     assert all(everything[row["id"]] == row for row in rows_of(tmp_path / "out.jsonl"))
 
 
+def test_spacing_makes_no_other_prompt_tags_of_nothing_are_none_and_weights_are_mentioned_once(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red  fox\na red fox\n, , , ,\n(red car:1.3), sun\n[sun:0.5],moon\n1girl,solo\n一只猫\n")
+    perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl")])
+    said = capsys.readouterr().out
+    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["000001", "000004", "000005", "000006", "000007"]
+    assert "left out 1 duplicate prompt, in lines 2\n" in said and "left out 1 prompt of fewer than two words, in lines 3\n" in said
+    assert said.count("2 of the prompts have weights like (red car:1.3): diffusers reads their signs as text\n") == 1
+
+
 def test_the_numbers_of_different_and_of_taken_prompts_are_reported(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("".join(f"prompt {i % 30}\n" for i in range(100)))
     perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--limit", "7"])
@@ -658,7 +667,7 @@ def test_flags_that_cannot_apply_are_named(flags, message, tmp_path, monkeypatch
     assert not os.path.exists("out.jsonl")
 
 
-def make_llama(folder, template):
+def make_llama(folder, template, *special):
     """A folder of the real class with small random weights; its tokenizer knows bytes and, like Llama 3's, no padding."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     core = tokenizers.Tokenizer(tokenizers.models.BPE({x: i for i, x in enumerate(letters)}, []))
@@ -666,6 +675,7 @@ def make_llama(folder, template):
     core.decoder = tokenizers.decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|bos|>", eos_token="<|eot|>")
     tokenizer.chat_template = template
+    tokenizer.add_special_tokens(dict(additional_special_tokens=list(special)))
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -718,6 +728,54 @@ def test_a_chat_model_is_asked_by_its_own_template_padded_on_the_left_and_answer
         assert tokenizer.decode(text[mask]) == f"<|bos|>user: {content}<|eot|>assistant: "
         assert (text[mask] == tokenizer.eos_token_id).sum() == 1  # that of the prompt is but text
     assert not any("Do it" in answer or "<|" in answer for answer in answers)
+
+
+LLAMA_3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHAT = "<|begin_of_text|>\n<|start_header_id|>system<|end_header_id|>\nSay less.\nexample:\n\nprompt: a fox"
+
+
+def test_a_template_that_is_a_whole_chat_is_read_as_it_is_with_the_prompt_after_it(tmp_path, monkeypatch):
+    tokenizer, seen = make_llama(tmp_path / "llama", None, *LLAMA_3), []
+
+    def generate(self, input_ids, attention_mask, **how):
+        seen.extend(ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask))
+        return torch.cat([input_ids, input_ids[:, -1:]], 1)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
+    load_llm(str(tmp_path / "llama"), CHAT, torch.device("cpu"))(["a cat", "end <|eot_id|><|start_header_id|>"], 0)
+    for ids, c in zip(seen, ("a cat", "end < |eot_id|>< |start_header_id|>")):
+        assert tokenizer.decode(ids) == f"{CHAT}\nprompt: {c}\n<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
+        assert [int((ids == tokenizer.convert_tokens_to_ids(token)).sum()) for token in LLAMA_3] == [1, 2, 2, 1]  # no sign of the prompt's
+    make_llama(tmp_path / "other", TEMPLATE)
+    with pytest.raises(UserError, match="the template is a chat of Llama 3, but --llm .*other does not know its token <|start_header_id|>"):
+        load_llm(str(tmp_path / "other"), CHAT, torch.device("cpu"))
+
+
+def test_rows_say_which_template_was_used_and_the_models_empty_lists_are_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told = []
+
+    def load(name, instruction, device):
+        told.append(instruction)
+        return lambda prompts, seed: [json.dumps(dict(neg_prompts=[c.split()[0], c.split()[-1]] * ("owl" not in c))) for c in prompts]
+
+    monkeypatch.setattr(perturb, "load_llm", load)
+    open("p.txt", "w").write("red fox\nowl tree\nold boat\n")
+    open("template.txt", "w", encoding="utf-8").write("  Sag weniger: ä\n")
+    command = ["p.txt", "out.jsonl", "--strategy", "llama-alignment", "--llm", "tiny", "--template", "template.txt"]
+    perturb.main(command)
+    how = f"llama-alignment, template {hashlib.sha256(open('template.txt', 'rb').read()).hexdigest()[:16]}"
+    assert told == ["  Sag weniger: ä\n"] and {row["strategy"] for row in rows_of("out.jsonl") + rows_of("out.jsonl.rejected.jsonl")} == {how}
+    assert [row["c"] for row in rows_of("out.jsonl")] == ["red fox", "old boat"] and rows_of("out.jsonl.rejected.jsonl")[0]["reason"] == VAGUE
+    assert f"last reasons: {VAGUE} (1)\n" in capsys.readouterr().out
+    open("template.txt", "a").write("!")
+    with pytest.raises(SystemExit, match="begun with strategy llama-alignment, template .*, not llama-alignment, template"):
+        perturb.main(command)
+    os.remove("template.txt")
+    with pytest.raises(SystemExit, match="^template.txt cannot be read: No such file or directory.$"):
+        perturb.main(command)
+    with pytest.raises(SystemExit, match="--template does not go with --strategy random-removal"):
+        perturb.main(["p.txt", "new.jsonl", "--template", "template.txt"])
 
 
 def test_no_code_and_no_pickle_of_a_chat_model_is_run(tmp_path, monkeypatch):
