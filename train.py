@@ -229,7 +229,7 @@ def set_up(args, rank, world, device):
 
 
 def make_policies(args, model):
-    """theta, ref and, for Eq. 6, winner and loser; and the networks among them: with LoRA, one serves them all."""
+    """Returns theta, ref and, for Eq. 6, winner and loser, and the networks among them: with LoRA there is only one."""
     net = model.net
     if args.lora_rank:
         torch.manual_seed(args.seed)  # of the adapter's first weights
@@ -245,7 +245,7 @@ def make_policies(args, model):
 
 
 def prepare(run):
-    """The last changes to the networks, once the exact weights are needed no more."""
+    """Readies the networks for the loop, once noise_floor has used their exact weights."""
     if run.args.checkpointing:
         run.model.net.enable_gradient_checkpointing()
     for network in run.networks:
@@ -280,7 +280,7 @@ def precision(device, name):
 
 @torch.no_grad()
 def noise_floor(run):
-    """By how much rounding alone lowers a logit of Eq. 7, and the mean square of the reference's prediction. The
+    """Returns how much rounding alone lowers a logit of Eq. 7, and the mean square of the reference's prediction. The
     winner's target is the reference's own prediction, so an error e of (eps_theta - eps_ref) enters squared, -beta/2
     mean(e^2), and e^2 is up to twice that of one network."""
     args, model, some = run.args, run.model, slots(len(run.store), run.args.seed, 0, run.args.micro_batch)

@@ -47,7 +47,7 @@ def program(main):
                        "when this is solved.")
         except KeyboardInterrupt:
             message = "stopped. " + AGAIN
-        sys.exit(message)  # here the error and what it held are gone, so that a progress bar has ended its line
+        sys.exit(message)  # by now the error is gone, and with it the progress bar, which has ended its line
     return run
 
 

@@ -258,7 +258,7 @@ tags: [text-to-image, diffusers, ddspo{", lora" * bool(args.lora_rank)}]
 
 
 def finish(run):
-    """Exports the result and draws the log, without which the result is still whole; then says how to go on."""
+    """Exports the result, draws the curves and says how to go on. Without its curves the result is still whole."""
     args, result = run.args, export(run)
     try:
         plots.draw_curves(os.path.join(args.out, "log.jsonl"))

@@ -35,7 +35,7 @@ EXPERIMENTS = {
     ("shapes", "alignment", "diffusion-dpo"): dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
     ("shapes", "alignment", "distill"):       dict(scale=3,    lr=3e-5,      updates=80,   warmup=0, batch_size=64),
 }  # the numbers after # are the paper's tables; the last three rows: shapes.py
-FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # where a model has no row, one of its family fits
+FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # a model without a row takes one of its family
 # Pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL and SD3 do
 # not fit there); and LoRA where the authors' scripts use it [o].
 MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 2, "sana-1.6b": 1, "shapes": 64}

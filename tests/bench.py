@@ -70,7 +70,7 @@ def our_loss(model, policies, *batch, beta):
     return train.step_loss(model, policies, *batch, "ddspo", beta)[0]
 
 
-def prepare(args, device):
+def make_arms(args, device):
     """The model, its trained parameters, a micro-batch, and the arms, {name: (loss function, policies, optimizer)}."""
     half, rank, size = HALF.get(args.precision), RANK[args.model], args.micro_batch or SIZE[args.model]
     model = build(args.model, device, half if half and device.type == "cuda" else torch.float32)
@@ -161,7 +161,7 @@ def main(argv=None):
         raise UserError("on a CPU there is --model mid alone, and no --compile, with which torch 2.13 loses a gradient.")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    work, parts = prepare(args, device), 1 if device.type == "cpu" else 8  # micro-batches in an update (guess)
+    work, parts = make_arms(args, device), 1 if device.type == "cpu" else 8  # micro-batches in an update (guess)
     if wrong := disagreement(work):
         raise UserError(f"{args.model}: {wrong}: not timed.")
     times, order, end = {arm: [] for arm in work.arms}, [*work.arms], time.perf_counter() + args.seconds * len(work.arms)

@@ -56,7 +56,7 @@ def test_the_step_is_timed_in_turns_on_equal_work(tiny, capsys, monkeypatch):
 
 def test_the_compiled_arm_and_lora_are_compared_and_timed_too(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network: network)  # test_train.py compiles SANA
-    work = bench.prepare(arguments(model="tiny-sana", compile=True), CPU)
+    work = bench.make_arms(arguments(model="tiny-sana", compile=True), CPU)
     assert list(work.arms) == ["plain", "plain, again", "ours", "ours, compiled"] and bench.disagreement(work) == ""
     assert all(".lora_" in name for name, p in work.model.net.named_parameters() if p.requires_grad)
     assert 0 < bench.seconds(work, "ours, compiled", 2) < 60
@@ -93,14 +93,14 @@ def test_no_gradient_that_is_not_finite_or_is_not_there_passes_the_gate(tiny, va
             p.grad = None
         elif arm in arms:
             p.grad.view(-1)[0] = value
-    work = bench.prepare(arguments(), CPU)
+    work = bench.make_arms(arguments(), CPU)
     assert bench.disagreement(work) == ""
     spoil(monkeypatch, fault)
     assert "gradient" in bench.disagreement(work)
 
 
 def test_in_half_precision_a_small_parameter_without_a_gradient_is_noticed(tiny, monkeypatch):
-    work = bench.prepare(arguments(precision="fp16"), CPU)
+    work = bench.make_arms(arguments(precision="fp16"), CPU)
     bench.micro_batch(work, "plain")
     sizes = bench.norms([p.grad for p in work.parameters])
     small = int(((sizes / sizes.max() - 0.03).abs()).argmin())
