@@ -84,7 +84,7 @@ def test_a_cell_of_the_table_is_the_same_by_the_commands_of_evaluate(tmp_path, m
     every = shapes.scored_prompts(0)
     assert [row["prompt"] for row in judge.items("unused")] == [p["caption"] for p in every]
     monkeypatch.setattr(shapes, "scored_prompts", lambda seed: every[:20])
-    monkeypatch.setitem(evaluate.BENCHMARKS, "shapes", (20, lambda data: judge.items(data)[:20], {"shapes": (None, judge.load)}))
+    monkeypatch.setitem(evaluate.BENCHMARKS, "shapes", (20, lambda data: judge.items(data)[:20], {"shapes": (None, judge.load, "rules")}))
     evaluate.main("generate --model shapes --bench shapes --guidance 3 --seed 0 --out run --batch-size 20".split())
     evaluate.main(["score", "run"])
     judged = [row["correct"] for row in read_lines("run/scores/shapes.jsonl")]
