@@ -1,6 +1,6 @@
 """How the settings of toy2d.py were chosen, and its methods against the number of pairs and the number of updates.
 
-    python -m studies.toy2d_sweep    figures/toy2d_sweep.png, and every number as two tables; half an hour of one core
+    python -m studies.toy2d_sweep    figures/toy2d_sweep.png, and every number as two tables; 35 minutes of one core
 
 The rule is the same for every method: of its grid, the setting with the least mean energy distance to the truth on five
 seeds that are reported nowhere else. At N = 2 pairs a class it chooses beta (for the controls the guidance scale s) and
