@@ -535,6 +535,7 @@ def test_the_log_is_cut_to_the_checkpoint_whatever_became_of_it(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(rows) + '{"upda')
     open_log(tmp_path, 5)
     assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:3])
+    (tmp_path / "log.jsonl").write_text(FIRST.replace("fp32", "fp16") + "".join(rows))
     open_log(tmp_path, 0)
     assert (tmp_path / "log.jsonl").read_text() == FIRST
     (tmp_path / "log.jsonl").unlink()
@@ -911,7 +912,8 @@ def test_a_run_says_what_a_small_store_costs_and_which_prompts_are_cut(sd, pairs
 def test_tensorboard_holds_the_numbers_of_the_log(sd, pairs, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for updates in (2, 4):
+    for updates in (2, 4, 4):  # updates 3 and 4 are done twice, and shown once
+        (tmp_path / "checkpoint-000004.pt").unlink(missing_ok=True)
         run(sd, pairs, tmp_path, "--updates", updates, "--tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
