@@ -240,6 +240,8 @@ def test_skip_bad_leaves_out_pairs_that_are_none_and_counts_them(sd, photos, tmp
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     with pytest.raises(SystemExit, match="1 bad pair: mend them, or give --skip-bad"):
         build(*command[:-1])
+    launch.Started("build_pairs", ["--model", sd, "--out", str(tmp_path / "two"), *map(str, command[2:])], 2).wait(300)
+    assert read_folder(tmp_path / "two") == read_folder(tmp_path / "store")
 
 
 @pytest.mark.parametrize("damage", [
@@ -489,6 +491,7 @@ def test_a_folder_with_other_files_is_not_made_a_store(sd, prompts, copy, tmp_pa
         with pytest.raises(SystemExit, match="holds other files and no meta.json"):
             build(sd, out, "--prompts", given, *STEPS)
         assert read_folder(out) == before
+        assert not os.path.exists(out / ".lock")
 
 
 GOOD = dict(id="1", c="a fox", winner="plain.png", loser="wide.png")
