@@ -313,8 +313,8 @@ def oddities(columns, size):
 
 
 def check_update(run, update, batch, columns, norm, floor):
-    """Raises UserError, before anything of an update is kept, if a loss or the gradient is not finite, or if the run's
-    first logits are not 0, as they are where the student is the reference."""
+    """Raises UserError, before anything of an update is kept, if a loss or the gradient is not finite, if the run's first
+    logits are not 0, as they are where the student is the reference, or if its first gradient is 0."""
     bad = np.flatnonzero(~np.isfinite(columns["loss"]))
     if bad.size or not math.isfinite(norm) and (not run.scaler.is_enabled() or run.scaler.get_scale() < 1):
         what = "the gradient is not finite, though each loss is"
@@ -323,10 +323,10 @@ def check_update(run, update, batch, columns, norm, floor):
         cure = ("take --precision fp32" if run.precision in HALF else "lower --lr" if update > 0 else
                 "the model or the pairs must be damaged")
         raise UserError(f"update {update + 1}: {what}. Nothing of this update is kept: {cure}.")
-    if update == 0 and norm == 0:
-        raise UserError("the first gradient is 0, so that nothing would be learned: the weights of the network, or all "
-                        "pairs, must be damaged.")
     if update == 0 and "logit" in columns and not abs(columns["logit"].mean()) < 0.05 + 4 * floor:  # guess
         raise UserError("before the first update the student must be the reference and every logit 0, but their mean "
                         f"is {columns['logit'].mean():.3g}, where rounding explains {floor:.2g}: the two differ, in "
                         "weights or by dropout.")
+    if update == 0 and norm == 0:
+        raise UserError("the first gradient is 0, so that nothing would be learned: the weights of the network, or all "
+                        "pairs, must be damaged.")
