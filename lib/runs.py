@@ -313,8 +313,8 @@ def oddities(columns, size):
 
 
 def check_update(run, update, batch, columns, norm, floor):
-    """Raises UserError, before anything of an update is kept, if a loss or the gradient is not finite, if the run's first
-    logits are not 0, as they are where the student is the reference, or if its first gradient is 0."""
+    """Raises UserError, before anything of an update is kept, if a loss or the gradient is not finite, if the first
+    logits are not 0, as they are where the student is the reference, or if the first gradient is 0."""
     bad = np.flatnonzero(~np.isfinite(columns["loss"]))
     if bad.size or not math.isfinite(norm) and (not run.scaler.is_enabled() or run.scaler.get_scale() < 1):
         what = "the gradient is not finite, though each loss is"
