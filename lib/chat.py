@@ -56,7 +56,8 @@ def load_llm(name, instruction, device):
 
 def words_of(text):
     """The words of a text in small letters, without a plural s, so that an apple is found in two apples."""
-    return [word.rstrip("s") or word for word in WORDS.findall(text.casefold())]
+    words = re.findall(r"\w+", text.casefold()) if text.isascii() else WORDS.findall(text.casefold())  # 5 times as fast
+    return [word.rstrip("s") or word for word in words]
 
 
 FUNCTION_WORDS = set(words_of("a an the and or of in on at to by for from with as is are it its this that there"))
@@ -66,10 +67,10 @@ def why_unusable(c_minus, c, told, alignment):
     """Why a text cannot be c_minus of c, in words; None if it can. `told` are the words of the instruction."""
     said, words = words_of(c_minus), words_of(c)
     content, n = set(words) - FUNCTION_WORDS, min(RUN, len(said))
-    runs = [said[i:i + n] for i in range(len(said) - n + 1)]
+    runs = [said[i:i + n] for i in range(len(said) - n + 1)] if not set(said) <= set(words) else []
     if not said or "".join(c_minus.split()).casefold() == "".join(c.split()).casefold():
         return "empty or the same as c"
-    if any("\ud800" <= x <= "\udfff" for x in c_minus):  # JSON allows it, and no file can hold it
+    if c_minus.encode(errors="replace").decode() != c_minus:  # JSON allows it, and no file can hold it
         return "half a character"
     repeated = [run for run in runs if f" {' '.join(run)} " in told and not set(run) <= set(words)]
     if repeated or EXAMPLE in c_minus.casefold():
@@ -102,4 +103,4 @@ def read_answer(answer, c, told="", alignment=False, seed=0):
     usable = [text for text, reason in reasons.items() if not reason]
     if not usable:
         raise ValueError(next(iter(reasons.values())))
-    return random.Random(f"{seed} {c}").choice(usable)
+    return random.Random(f"{seed} {c}").choice(usable) if len(usable) > 1 else usable[0]
