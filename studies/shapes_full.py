@@ -199,7 +199,7 @@ def draw_lengths(runs, methods, path):
         axis.set_title(title, fontsize=9)
         axis.set(xscale="log", xticks=LENGTHS, xticklabels=LENGTHS, xlabel="updates")
         axis.minorticks_off()
-    axes[2].set_yscale("symlog", linthresh=1e-3)
+    axes[2].set_yscale("log")
     axes[0].legend(fontsize=7)
     axes[2].legend(fontsize=7)
     save_figure(figure, path)
