@@ -31,7 +31,7 @@ from lib.processes import at_least, barrier, given_flags, processes, program
 from lib.prompts import read_perturbed, stop_if_bad
 
 
-def generate(model, rows, how):
+def sample_sides(model, rows, how):
     """x_0 of the winners of some rows and, but for negatives "none", of their losers: (B or 2 B, channels, h, w)."""
     prompts = [row["c"] for row in rows]
     x_T = torch.stack([models.initial_noise(row["noise_seed"], model.latent_shape) for row in rows])  # (B, ...)
@@ -40,7 +40,7 @@ def generate(model, rows, how):
     return models.sample(model, prompts, x_T, how["steps"], how["guidance"])
 
 
-def encode(model, pairs):
+def encode_sides(model, pairs):
     """x_0 of the winners and of the losers of some (winner, loser), which are PIL images: (2 B, channels, h, w)."""
     size = model.latent_shape[1] * model.pipe.vae_scale_factor
     pixels = [to_pixels(pair[side], size) for side in (0, 1) for pair in pairs]
@@ -56,9 +56,9 @@ def make_shard(model, rows, args, how, images, bar):
         if args.from_images:
             pairs = [read_pair(row) if images[row["id"]] else (black, black, "-") for row in some]
             made_from += [pair[-1] for pair in pairs]
-            x_0 = encode(model, pairs)
+            x_0 = encode_sides(model, pairs)
         else:
-            x_0 = generate(model, some, how)
+            x_0 = sample_sides(model, some, how)
         parts.append(x_0.cpu().split(len(some)))
         bar.update(len(some))
     shard = {name: torch.cat(x).contiguous() for name, x in zip(("x_0_w", "x_0_l"), zip(*parts))}

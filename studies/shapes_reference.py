@@ -118,7 +118,7 @@ def train_autoencoder(images, path):
 
 
 @torch.no_grad()
-def encode(vae, images):
+def encode_all(vae, images):
     """(n, 3, 32, 32) uint8 -> latents (n, 4, 8, 8), without the scale."""
     return torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(256)])
 
@@ -149,7 +149,7 @@ def make_reference(folder, updates, home="runs/shapes-reference"):
         pixels, captions = make_dataset(SEED, IMAGES)
         pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (images, 3, 32, 32)
         vae, vae_state = train_autoencoder(pixels, vae_path)
-        latents = encode(vae, pixels)
+        latents = encode_all(vae, pixels)
         vae.register_to_config(scaling_factor=1 / latents.std().item())
         latents *= vae.config.scaling_factor
         tokenizer = make_tokenizer(captions)
