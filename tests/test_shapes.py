@@ -333,6 +333,19 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
     assert {path.name for path in (small / "figures").iterdir()} == {"shapes.png", "shapes-front.png", "shapes-length.png"}
 
 
+def test_the_negative_prompt_reaches_the_sampler_and_is_nothing_where_it_is_empty(small):
+    """End to end: c_minus by perturb.py's rule, images by the pipeline, verdicts and distance."""
+    reference = shapes.score_model("plain.json", "shapes", 0, 3)
+    empty = shapes.score_model("empty.json", "shapes", 0, 3, negatives=[""] * 20)
+    assert empty == reference and len(empty["correct"]) == 20
+    home = small / "home"
+    for share in ("25 %", "75 %"):
+        found = full.negative_prompt(str(home), 0, share, 3)
+        assert found["frechet"] != reference["frechet"]
+    assert sorted(os.listdir(home / "negative prompt")) == ["0.25-0.25-guidance3.json", "0.75-0.75-guidance3.json"]
+    assert full.negative_prompt(str(home), 0, "25 %", 3) != full.negative_prompt(str(home), 0, "75 %", 3)
+
+
 def test_settings_are_searched_by_the_share_at_guidance_3_in_per_cent_and_then_at_1(small, monkeypatch):
     monkeypatch.setattr(full, "GRID", {"--beta": (1, 2), "--scale": (4,)})
     monkeypatch.setattr(full, "RATES", (3,))
