@@ -140,6 +140,10 @@ def right(runs, name, g):
     return {seed: np.array(results[name][g]["correct"], float) for seed, results in runs.items()}
 
 
+def mean_frechet(runs, name, g):
+    return np.mean([results[name][g]["frechet"] for results in runs.values()])
+
+
 def with_interval(values):
     return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**interval(values))
 
@@ -158,8 +162,8 @@ def table_of_models(runs, title, guidances):
     for name, g in guidances.items():
         differences = ["" if name in ("Reference", other) else paired(runs, name, g, other, guidances[other])
                        for other in others]
-        distance = np.mean([results[name][g]["frechet"] for results in runs.values()])
-        rows.append([name, f"{g:g}", with_interval(right(runs, name, g)), *differences, f"{distance:.2f}"])
+        rows.append([name, f"{g:g}", with_interval(right(runs, name, g)), *differences,
+                     f"{mean_frechet(runs, name, g):.2f}"])
     head = [title, "guidance", "all right", *[f"minus {other}" for other in others], "Fréchet distance ↓"]
     return markdown_table(head, rows) + "\n"
 

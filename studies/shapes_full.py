@@ -35,6 +35,7 @@ from lib.processes import holding, program
 from shapes import (
     GUIDANCE,
     make_store,
+    mean_frechet,
     paired,
     perturbed,
     right,
@@ -272,10 +273,6 @@ def table_of_variants(runs):
 def mean_right(runs, name, g):
     """The share of prompts with everything right, the mean over the seeds."""
     return np.mean([results[name][g]["correct"] for results in runs.values()])
-
-
-def mean_frechet(runs, name, g):
-    return np.mean([results[name][g]["frechet"] for results in runs.values()])
 
 
 def draw_front(runs, path):
