@@ -1,16 +1,36 @@
 """Files: whole or not at all, checked where they are read; and errors as sentences."""
 
+import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+import zipfile
 
 import torch
+from safetensors import SafetensorError
 
 
 class UserError(ValueError):
     """Something that the user can put right. Its text is a sentence that names the file, line or flag."""
+
+
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
+           zipfile.BadZipFile, SafetensorError)  # what reading a damaged file raises
+
+
+@contextlib.contextmanager
+def reading(what, advice):
+    """Makes one sentence, with advice, of whatever is raised where a damaged file is read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except DAMAGED as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} cannot be read ({reason}): {advice}") from None
 
 
 def write_file(path, content):
