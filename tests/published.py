@@ -1,7 +1,7 @@
 """Stable Diffusion 1.4 at full size, with random weights, in the layout of its published folder, and README.md's four
 commands on it, offline: prompts, two pairs, one update, a grid.
 
-    python tests/published.py FOLDER            (20 minutes and 11 GB of memory on two CPU cores; 20 GB of disk)
+    python tests/published.py FOLDER            (9 minutes and 18 GB of memory on two CPU cores; 18 GB of disk)
     python tests/published.py FOLDER --small    (a minute: the same with a network of 2 MB)
 
 It says how long each command took and how much memory it needed. What it cannot show is what the real weights do.
