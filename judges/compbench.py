@@ -7,9 +7,9 @@ T2I-CompBench (BLIP_vqa.py, 2D_spatial_eval.py, 3_in_1.py). The paper's CB is th
     complex                 the mean of those three scores that apply to the prompt
 
 What differs from the official judges. BLIP-VQA: the noun phrases of spaCy 3.8, not 3.5. Complex: as DDSPO's authors run
-it; T2I-CompBench's README gives UniDet and CLIPScore the flag `--complex True`, by which the first looks for other
-nouns and the second leaves out adjectives. Spatial: the official UniDet script (non-commercial) has no port, so its
-results are read where it has run. Until then OWLv2 finds the objects: spatial~, complex~ and CB~, on another scale.
+it, without the `--complex True` of T2I-CompBench's README, by which UniDet looks for other nouns and CLIPScore leaves
+out adjectives. Spatial: the official UniDet script (non-commercial) has no port, so its results are read where it has
+run. Until then OWLv2 finds the objects: spatial~, complex~ and CB~, on another scale.
 """
 
 import itertools
@@ -20,8 +20,8 @@ import torch
 import transformers
 from PIL import Image
 
-from judges.shared import fetch_lines, fits, from_hub, from_url, normalised, overlap, rename, unit
-from lib.files import UserError, read_json
+from judges.shared import fetch_lines, from_hub, from_url, normalised, overlap, rename, unit
+from lib.files import read_json, reading
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 LISTS = "https://raw.githubusercontent.com/Karine-Huang/T2I-CompBench/{}/examples/dataset/{}.txt"
@@ -38,14 +38,12 @@ def items(data):
         url = LISTS.format(COMMITS.get(name, COMMIT), name)
         return [line.strip() for line in fetch_lines(data, f"compbench/{name}.txt", url)]
 
-    plain = {kind: list(map(plainly, listed(f"complex_val_{kind}"))) for kind in ("spatial", "action")}
-    found = []
-    for category in CATEGORIES:
-        for i, prompt in enumerate(listed(f"{category}_val")):
-            kind = next((kind for kind in plain if plainly(prompt) in plain[kind]), "all")
-            found += [dict(path=f"compbench/{category}/samples/{prompt}_{10 * i + k:06d}.png", prompt=prompt,
-                           group=category, index=i, kind=kind) for k in range(10)]
-    return found
+    kinds = {plainly(prompt): kind for kind in ("action", "spatial") for prompt in listed(f"complex_val_{kind}")}
+    return [dict(path=f"compbench/{category}/samples/{prompt}_{10 * i + k:06d}.png", prompt=prompt, group=category,
+                 index=i, kind=kinds.get(plainly(prompt), "all"))
+            for category in CATEGORIES
+            for i, prompt in enumerate(listed(f"{category}_val"))
+            for k in range(10)]
 
 
 def plainly(prompt):
@@ -79,10 +77,8 @@ def compbench_objects(nouns):
 def compbench_spatial_score(prompt, nouns, objects):
     """The score of "spatial" in [0, 1]; `objects` [{name, box, score}], best first, in the 479 x 479 frame."""
     locality = next((words for words in LOCALITIES if words in prompt), None)
-    first = {}
-    for thing in objects:
-        first.setdefault(thing["name"], thing)
-    found = [first.get(name) for name in compbench_objects(nouns)]
+    best = {thing["name"]: thing for thing in reversed(objects)}
+    found = [best.get(name) for name in compbench_objects(nouns)]
     score = sum(0.25 * thing["score"] for thing in found if thing)
     if found and all(found):
         score += compbench_position(locality, found[0]["box"], found[1]["box"]) / 2
@@ -118,8 +114,8 @@ def combine(blip, clipscore, spatial):
     found = [row for row in (*blip.values(), *clipscore.values(), *spatial.values()) if row["group"] != "complex"]
     for path, row in blip.items():
         if row["group"] == "complex" and path in spatial and path in clipscore:
-            others = spatial[path]["value"], clipscore[path]["value"]
-            found.append(row | dict(value=three_in_one(row["kind"], row["value"], *others)))
+            value = three_in_one(row["kind"], row["value"], spatial[path]["value"], clipscore[path]["value"])
+            found.append(row | dict(value=value))
     return found
 
 
@@ -128,32 +124,26 @@ def combine(blip, clipscore, spatial):
 
 def load_spacy():
     """T2I-CompBench's parser. It and its model are in requirements-eval.txt only."""
-    try:
+    with reading("spaCy's en_core_web_sm", "pip install -r requirements-eval.txt"):
         import spacy
-
         return spacy.load("en_core_web_sm")
-    except (ImportError, OSError) as error:
-        raise UserError(f"{error}: pip install -r requirements-eval.txt") from None
 
 
 def blip_from_salesforce(state):
     """The names of BLIP's own checkpoint -> those of BlipForQuestionAnswering."""
-    renames = [("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
-               ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
-               ("visual_encoder.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
-               ("visual_encoder.blocks", "vision_model.encoder.layers"),
-               ("visual_encoder.norm", "vision_model.post_layernorm"), (".attn.proj", ".self_attn.projection"),
-               (".attn.", ".self_attn."), (".norm1", ".layer_norm1"), (".norm2", ".layer_norm2")]
+    renames = [("visual_encoder.", "vision_model."), ("cls_token", "embeddings.class_embedding"),
+               ("pos_embed", "embeddings.position_embedding"), ("patch_embed.proj", "embeddings.patch_embedding"),
+               ("vision_model.blocks", "vision_model.encoder.layers"), ("model.norm", "model.post_layernorm"),
+               (".attn.proj", ".self_attn.projection"), (".attn.", ".self_attn."), (".norm1", ".layer_norm1"),
+               (".norm2", ".layer_norm2")]
     return rename({name: x for name, x in state.items() if not name.endswith(".position_ids")}, renames)
 
 
 @torch.no_grad()
 def blip_yes(net, image_states, ids):
-    """P(yes) / (P(yes) + P(no)) for each image (N, patches, D), of one question's token ids (1, L).
-
-    The parts of the network are called one by one: the class's own forward gives no logits and starts with [CLS] where
-    BLIP has [ENC]. Questions are not padded: transformers 5.23 ignores the mask of a padded question in the decoder.
-    """
+    """P(yes) / (P(yes) + P(no)) for each image (N, patches, D), of one question's token ids (1, L). The class's own
+    forward gives no logits and starts with [CLS] where BLIP has [ENC], so its parts are called one by one. Questions
+    are not padded: transformers 5.23 ignores the mask of a padded question in the decoder."""
     ids = ids.repeat(len(image_states), 1)
     ids[:, 0] = 30523  # [ENC]
     seen = torch.ones(image_states.shape[:2], dtype=torch.long, device=ids.device)
@@ -181,8 +171,8 @@ def load_blip(device, data):
                 ids = tokenizer(compbench_question(phrase), truncation=True, max_length=35, return_tensors="pt")
                 answers.append((phrase, blip_yes(net, states, ids.input_ids.to(device))))
             for k in range(len(states)):
-                found.append(dict(value=compbench_product([p[k] for _, p in answers]),
-                                  yes=[(phrase, p[k]) for phrase, p in answers]))
+                yes = [(phrase, p[k]) for phrase, p in answers]
+                found.append(dict(value=compbench_product([p for _, p in yes]), yes=yes))
         return found
     return judge
 
@@ -193,23 +183,20 @@ def load_owl(device, data):
     size = (net.config.vision_config.image_size,) * 2
 
     @torch.no_grad()
-    def judge(rows, images):
-        found = []
-        for row, image in zip(rows, images):
-            nouns, objects = [token.text for token in nlp(row["prompt"]) if token.pos_ == "NOUN"], []
-            names = list(dict.fromkeys(compbench_objects(nouns)))
-            if names:
-                tokens = tokenizer([f"a photo of a {name}" for name in names], padding="max_length", max_length=16,
-                                   truncation=True, return_tensors="pt").to(device)
-                pixels = normalised(unit(image.resize(size, Image.BILINEAR)))[None]
-                out = net(**tokens, pixel_values=pixels.to(device))
-                scores, places = out.logits[0].sigmoid().max(0)  # of (places, names): the best place of each name
-                for name, score, (x, y, w, h) in zip(names, scores.tolist(), out.pred_boxes[0][places].tolist()):
+    def judge(row, image):
+        nouns, objects = [token.text for token in nlp(row["prompt"]) if token.pos_ == "NOUN"], []
+        if names := list(dict.fromkeys(compbench_objects(nouns))):
+            tokens = tokenizer([f"a photo of a {name}" for name in names], padding="max_length", max_length=16,
+                               truncation=True, return_tensors="pt").to(device)
+            pixels = normalised(unit(image.resize(size, Image.BILINEAR)))[None].to(device)
+            out = net(**tokens, pixel_values=pixels)
+            scores, places = out.logits[0].sigmoid().max(0)  # of (places, names): the best place of each name
+            for name, score, (x, y, w, h) in zip(names, scores.tolist(), out.pred_boxes[0][places].tolist()):
+                if score > 0.1:
                     box = [479 * side for side in (x - w / 2, y - h / 2, x + w / 2, y + h / 2)]
-                    objects += [dict(name=name, box=box, score=score)] if score > 0.1 else []
-            found.append(dict(value=compbench_spatial_score(row["prompt"], nouns, objects), objects=objects))
-        return found
-    return judge
+                    objects.append(dict(name=name, box=box, score=score))
+        return dict(value=compbench_spatial_score(row["prompt"], nouns, objects), objects=objects)
+    return lambda rows, images: list(map(judge, rows, images))
 
 
 def official_spatial(run):
@@ -219,21 +206,16 @@ def official_spatial(run):
     """
     found = {}
     for category in ("spatial", "complex"):
-        folder = os.path.join(run, "compbench", category)
-        path = os.path.join(folder, "labels", "annotation_obj_detection_2d", "vqa_result.json")
+        folder = f"compbench/{category}/samples"
+        path = os.path.join(run, f"compbench/{category}/labels/annotation_obj_detection_2d/vqa_result.json")
         if not os.path.exists(path):
             return {}
-        rows, files = read_json(path), os.listdir(os.path.join(folder, "samples"))
-        try:
-            answers = {row["question_id"]: float(row["answer"]) for row in rows}
-            names = {int(name[-10:-4]): name for name in files if name.endswith(".png")}
-            if not all(fits(value, (0, 1)) for value in answers.values()):
-                raise ValueError("an answer is not between 0 and 1")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error!r}): run the official script again.") from None
-        if answers.keys() != names.keys():
-            raise UserError(f"{path} has {len(answers)} answers to {len(names)} images: run the official script again.")
-        for k, value in answers.items():
-            image = f"compbench/{category}/samples/{names[k]}"
-            found[image] = dict(path=image, group=category, index=k // 10, value=value)
+        with reading(path, "run the official script again."):
+            images = {int(name[-10:-4]): f"{folder}/{name}" for name in os.listdir(os.path.join(run, folder))
+                      if name.endswith(".png")}
+            values = {row["question_id"]: row["answer"] for row in read_json(path) if 0 <= row["answer"] <= 1}
+            if values.keys() != images.keys():
+                raise ValueError(f"{len(values)} answers to {len(images)} images are between 0 and 1")
+        for k, image in images.items():
+            found[image] = dict(path=image, group=category, index=k // 10, value=values[k])
     return found

@@ -6,14 +6,13 @@ arithmetic. The statistics of the 41,000 real images are BK-SDM's.
 
 import csv
 import io
-import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from judges.shared import BROKEN, fetch, fetch_text
-from lib.files import UserError
+from judges.shared import fetch, fetch_text
+from lib.files import reading
 
 NOTA = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/data"
 
@@ -45,23 +44,17 @@ def inception_score(logits, splits=10, seed=2020):
 def real_statistics(data):
     """Mean (2048,) and covariance (2048, 2048) of the real images' features."""
     path = fetch(data, "coco/real_im256.npz", f"{NOTA}/mscoco_val2014_41k_full/real_im256.npz")
-    try:
-        with np.load(path) as real:
-            return [torch.from_numpy(real[key]).double() for key in ("mu", "sigma")]
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} ({error}): delete it, so that it is fetched again.") from None
+    with reading(path, "delete it, so that it is fetched again."), np.load(path) as real:
+        return [torch.from_numpy(real[key]).double() for key in ("mu", "sigma")]
 
 
 def load_inception(device):
     """(the trunk as pytorch-fid runs it: (N, 3, 299, 299) in [-1, 1] -> (N, 2048), the network as torch-fidelity runs
     it for IS: uint8 images -> (logits (N, 1008),))."""
-    try:
+    advice = f"delete {torch.hub.get_dir()}/checkpoints/weights-inception*, and pip install -r requirements-eval.txt"
+    with reading("torch-fidelity's Inception", advice):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # imports torchvision
-
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"]).to(device).eval()
-    except BROKEN as error:
-        raise UserError(f"cannot load torch-fidelity's Inception ({error}): delete weights-inception*.pth in "
-                        f"{torch.hub.get_dir()}/checkpoints, and pip install -r requirements-eval.txt") from None
     return torch.nn.Sequential(*list(net.children())[:-1], torch.nn.Flatten()), net
 
 

@@ -2,13 +2,11 @@
 
 A detector finds objects and CLIP L/14 names their colours. The verdict is right if the image shows what the prompt asks
 for: so many objects of a class, of a colour, on the right side of others, and no more of them when they are counted.
+`lenient` in the scores is the verdict by the position rule of DDSPO's authors.
 
 The detector is GenEval's own, OpenMMLab's Mask2Former Swin-S, in transformers' class: mmdet's weights renamed, with
-mmdet's input of 800 pixels and its bilinear masks. GenEval's download script names mmdet 2's file (...743b7d99), which
-others use too; this is mmdet 3's (...c9d0c4f2). Both are of one training run, 20220504_001756: mmdet 3 renamed parts of
-the network, so that published weights had to be converted (mmdetection's pull request 9515), and its page links mmdet
-2's log for this file. The tensors of the two have not been compared. `lenient` in the scores is the verdict by the
-position rule of DDSPO's authors.
+mmdet's input of 800 pixels and its bilinear masks. GenEval's script fetches mmdet 2's file (...743b7d99). This is that
+of mmdet 3 (...c9d0c4f2), of the same training run; the tensors of the two have not been compared.
 """
 
 import itertools
@@ -73,11 +71,9 @@ def geneval_relations(a, b, position_threshold=0.1, lenient_position=False):
 
 def geneval_verdict(detections, colors, metadata, *, threshold=0.3, counting_threshold=0.9, max_objects=16,
                     max_overlap=1.0, position_threshold=0.1, lenient_position=False):
-    """Whether an image shows what its prompt says, and why not: (bool, str).
-
-    `detections` {class: [[x0, y0, x1, y1, score]]} in any order, `colors` {class: [the colour of each, same order]},
-    `metadata` a line of evaluation_metadata.jsonl. Of each class the most confident `count` are looked at.
-    """
+    """Whether an image shows what its prompt says, and why not: (bool, str). `detections` {class: [[x0, y0, x1, y1,
+    score]]} in any order, `colors` {class: [the colour of each, same order]}, `metadata` a line of
+    evaluation_metadata.jsonl. Of each class the most confident `count` are looked at."""
     least = counting_threshold if metadata["tag"] == "counting" else threshold
     kept = {name: geneval_keep(boxes, least, max_objects, max_overlap) for name, boxes in detections.items()}
     reasons, groups = [], []  # groups: the boxes of each clause so far, None for one that failed
@@ -87,13 +83,11 @@ def geneval_verdict(detections, colors, metadata, *, threshold=0.3, counting_thr
         boxes = [detections[name][i] for i in found]
         if len(found) < count:
             problem = f"expected {name}>={count}, found {len(found)}"
-        if not problem and "color" in clause:
-            answers = [colors[name][i] for i in found]
-            right = answers.count(clause["color"])
-            if right < count:
-                seen = ", ".join(f"{answers.count(color)} {color}" for color in COLORS if color in answers)
-                problem = f"expected {clause['color']} {name}>={count}, found {right} {clause['color']}; and {seen}"
-        if not problem and "position" in clause:
+        elif "color" in clause and (answers := [colors[name][i] for i in found]).count(clause["color"]) < count:
+            seen = ", ".join(f"{answers.count(color)} {color}" for color in COLORS if color in answers)
+            right = f"{answers.count(clause['color'])} {clause['color']}"
+            problem = f"expected {clause['color']} {name}>={count}, found {right}; and {seen}"
+        elif "position" in clause:
             relation, target = clause["position"]
             if groups[target] is None:
                 problem = f"no target for {name} to be {relation}"
@@ -122,12 +116,11 @@ def instances(class_logits, mask_logits, padded, resized, size, most=100):
     labels, queries = places % scores.shape[1], places // scores.shape[1]
     logits = F.interpolate(mask_logits[None], padded, mode="bilinear", align_corners=False)
     logits = F.interpolate(logits[:, :, :resized[0], :resized[1]], size, mode="bilinear", align_corners=False)[0]
-    masks, spans = logits > 0, []
+    masks = logits > 0
     inside = masks.flatten(1)
     quality = (logits.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
-    for hit in (masks.any(1).int(), masks.any(2).int()):  # over x, over y
-        spans.append((hit.argmax(1), hit.shape[1] - hit.flip(1).argmax(1)))
-    (x0, x1), (y0, y1) = spans
+    hits = masks.any(1).int(), masks.any(2).int()  # over x, over y
+    (x0, x1), (y0, y1) = ((hit.argmax(1), hit.shape[1] - hit.flip(1).argmax(1)) for hit in hits)
     boxes = torch.stack([x0, y0, x1, y1], 1) * inside.any(1)[:, None]
     return labels, torch.cat([boxes[queries], (top * quality[queries])[:, None]], 1), masks[queries]
 
@@ -135,14 +128,14 @@ def instances(class_logits, mask_logits, padded, resized, size, most=100):
 @torch.no_grad()
 def detect(net, image, names, threshold=0.3):
     """{class: [(box with score, mask as a PIL image)]} of the detections above GenEval's threshold, best first."""
-    scale = min(LONGEST / max(image.size), SHORTEST / min(image.size))
-    h, w = resized = [int(side * scale + 0.5) for side in image.size[::-1]]
+    size = image.size[::-1]
+    scale = min(LONGEST / max(size), SHORTEST / min(size))
+    h, w = resized = [int(side * scale + 0.5) for side in size]
     padded = [-(-side // MULTIPLE) * MULTIPLE for side in resized]
     x = F.interpolate(unit(image)[None], resized, mode="bilinear", align_corners=False)[0]
     x = F.pad(normalised(x, COCO_MEAN, COCO_STD), (0, padded[1] - w, 0, padded[0] - h))
     out, found = net(pixel_values=x[None].to(net.device)), {}
-    labels, boxes, masks = instances(out.class_queries_logits[0], out.masks_queries_logits[0], padded, resized,
-                                     image.size[::-1])
+    labels, boxes, masks = instances(out.class_queries_logits[0], out.masks_queries_logits[0], padded, resized, size)
     for i in boxes[:, 4].argsort(descending=True).tolist():
         if boxes[i, 4] > threshold:
             mask = Image.fromarray(masks[i].cpu().numpy())
@@ -164,29 +157,27 @@ def name_colors(net, tokenizer, crops, name):
     return [COLORS[k] for k in (seen @ said.T).argmax(1).tolist()]
 
 
-INSIDE = "model.transformer_module."
 FFN = [("ffn.layers.0.0", "fc1"), ("ffn.layers.1", "fc2")]
-MMDET = {  # a part of mmdet's network: how its weights are renamed to transformers', in this order
-    "backbone.": [
-        *[(f"backbone.norm{i}", f"backbone.hidden_states_norms.stage{i + 1}") for i in range(4)],
-        ("backbone.", "model.pixel_level_module.encoder."), ("stages", "swin.encoder.layers"),
-        ("patch_embed.projection", "swin.embeddings.patch_embeddings.projection"),
-        ("patch_embed.norm", "swin.embeddings.norm"), (".norm1.", ".layernorm_before."), ("ffn", "mlp.ffn"), *FFN,
-        (".norm2.", ".layernorm_after."), ("attn.w_msa.qkv", "attention.{}_proj"),
-        ("attn.w_msa.proj", "attention.o_proj"), ("attn.w_msa.relative", "attention.relative_position_bias.relative")],
-    "panoptic_head.pixel_decoder.": [
-        ("panoptic_head.pixel_decoder.", "model.pixel_level_module.decoder."), ("input_convs", "input_projections"),
-        ("lateral_convs.0", "adapter_1"), ("output_convs.0", "layer_1"), (".conv.", ".0."), (".gn.", ".1."),
-        ("mask_feature", "mask_projection"), *FFN, ("level_encoding.weight", "level_embed"),
-        ("norms.0", "self_attn_layer_norm"), ("norms.1", "final_layer_norm")],
-    "panoptic_head.transformer_decoder.": [
-        ("panoptic_head.transformer_decoder.", INSIDE + "decoder."), ("self_attn.attn.in_proj_", "self_attn.{}_proj."),
-        ("_attn.attn.", "_attn."), ("post_norm", "layernorm"), *FFN, ("norms.0", "cross_attn_layer_norm"),
-        ("norms.1", "self_attn_layer_norm"), ("norms.2", "final_layer_norm")],
-    "": [
-        ("panoptic_head.", ""), ("query_embed", INSIDE + "queries_embedder"), ("cls_embed", "class_predictor"),
-        ("query_feat", INSIDE + "queries_features"), ("level_embed", INSIDE + "level_embed"),
-        *[(f"mask_embed.{2 * i}", f"{INSIDE}decoder.mask_predictor.mask_embedder.{i}.0") for i in range(3)]]}
+MMDET = [  # a part of mmdet's network, its place in transformers' network, and what is renamed in it, in this order
+    ("backbone.norm", "model.pixel_level_module.encoder.hidden_states_norms.", [
+        (f"norms.{i}", f"norms.stage{i + 1}") for i in range(4)]),
+    ("backbone.", "model.pixel_level_module.encoder.swin.", [
+        ("stages", "encoder.layers"), ("patch_embed.projection", "embeddings.patch_embeddings.projection"),
+        ("patch_embed.norm", "embeddings.norm"), (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
+        ("ffn", "mlp.ffn"), *FFN, ("attn.w_msa.qkv", "attention.{}_proj"), ("attn.w_msa.proj", "attention.o_proj"),
+        ("attn.w_msa.relative", "attention.relative_position_bias.relative")]),
+    ("panoptic_head.pixel_decoder.", "model.pixel_level_module.decoder.", [
+        ("input_convs", "input_projections"), ("lateral_convs.0", "adapter_1"), ("output_convs.0", "layer_1"),
+        ("mask_feature", "mask_projection"), ("level_encoding.weight", "level_embed"), (".conv.", ".0."),
+        (".gn.", ".1."), ("norms.0", "self_attn_layer_norm"), ("norms.1", "final_layer_norm"), *FFN]),
+    ("panoptic_head.transformer_decoder.", "model.transformer_module.decoder.", [
+        ("self_attn.attn.in_proj_", "self_attn.{}_proj."), ("_attn.attn.", "_attn."), ("post_norm", "layernorm"), *FFN,
+        ("norms.0", "cross_attn_layer_norm"), ("norms.1", "self_attn_layer_norm"), ("norms.2", "final_layer_norm")]),
+    ("panoptic_head.cls_embed.", "class_predictor.", []),
+    ("panoptic_head.mask_embed.", "model.transformer_module.decoder.mask_predictor.mask_embedder.", [
+        (f"embedder.{2 * i}.", f"embedder.{i}.0.") for i in range(3)]),
+    ("panoptic_head.", "model.transformer_module.", [
+        ("query_embed", "queries_embedder"), ("query_feat", "queries_features")])]
 
 
 def mask2former_from_mmdet(state):
@@ -196,7 +187,8 @@ def mask2former_from_mmdet(state):
         if ".downsample." in name:  # nn.Unfold's order of a patch's four neighbours -> Swin's own
             x = x.unflatten(-1, (-1, 4)).mT[..., [0, 2, 1, 3], :].flatten(-2)
         if not name.endswith("relative_position_index"):  # a buffer that transformers computes
-            found |= rename({name: x}, next(MMDET[part] for part in MMDET if name.startswith(part)))
+            part, place, renames = next(row for row in MMDET if name.startswith(row[0]))
+            found |= rename({name: x}, [(part, place), *renames])
     return found
 
 
@@ -208,23 +200,20 @@ def mask2former(config):
 
 
 def load(device, data):
+    # GenEval's names of the classes, in COCO's order; the hub's labels differ
     names = fetch_lines(data, "geneval/object_names.txt", f"{REPOSITORY}/evaluation/object_names.txt")
-    # ^ GenEval's names in COCO's order; the hub's labels differ
     net = from_url(mask2former, transformers.Mask2FormerConfig(**DETECTOR_CONFIG), DETECTOR,
                    lambda checkpoint: mask2former_from_mmdet(checkpoint["state_dict"]), device)
     clip, tokenizer = from_hub("CLIPModel", CLIP, device), from_hub("AutoTokenizer", CLIP)
 
-    def judge(rows, images):
-        found = []
-        for row, image in zip(rows, images):
-            things = detect(net, image, names)
-            boxes = {name: [box for box, _ in pairs][:16] for name, pairs in things.items()}
-            asked = {clause["class"] for clause in row["metadata"].get("include", []) if "color" in clause}
-            colors = {name: name_colors(clip, tokenizer, [crop(image, *pair) for pair in things[name][:16]], name)
-                      for name in asked if name in things}
-            correct, reason = geneval_verdict(boxes, colors, row["metadata"])
-            lenient, _ = geneval_verdict(boxes, colors, row["metadata"], lenient_position=True)
-            found.append(dict(filename=row["path"], tag=row["group"], correct=correct, reason=reason, lenient=lenient,
-                              details=json.dumps(boxes), metadata=json.dumps(row["metadata"])))
-        return found
-    return judge
+    def judge(row, image):
+        things = {name: pairs[:16] for name, pairs in detect(net, image, names).items()}
+        boxes = {name: [box for box, _ in pairs] for name, pairs in things.items()}
+        asked = {clause["class"] for clause in row["metadata"].get("include", []) if "color" in clause}
+        colors = {name: name_colors(clip, tokenizer, [crop(image, *pair) for pair in things[name]], name)
+                  for name in asked if name in things}
+        correct, reason = geneval_verdict(boxes, colors, row["metadata"])
+        lenient, _ = geneval_verdict(boxes, colors, row["metadata"], lenient_position=True)
+        return dict(filename=row["path"], tag=row["group"], correct=correct, reason=reason, lenient=lenient,
+                    details=json.dumps(boxes), metadata=json.dumps(row["metadata"]))
+    return lambda rows, images: list(map(judge, rows, images))

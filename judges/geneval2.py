@@ -6,7 +6,7 @@ the prompt. The score of a question is the probability that the first token of t
 and GM are the arithmetic and the geometric mean of a prompt's scores; the benchmark's are their means in percent.
 
 As in the official code, a token that begins two accepted answers counts twice, so that a score may be above 1. What
-differs: questions are asked in batches, and Pillow resizes images whose sides are no multiples of 32, not torchvision.
+differs: questions are asked in batches, and images whose sides are no multiples of 32 are resized by Pillow.
 """
 
 import json
@@ -38,16 +38,11 @@ def geneval2_answers(question, answer):
     return [*words, *[" " + word for word in words], digits, " " + digits]
 
 
-def geneval2_probability(probabilities, token_ids):
-    """The score of a question: the sum of the `probabilities` (vocabulary,) of the first tokens of its answers."""
-    return sum(float(probabilities[token]) for token in token_ids)
-
-
 def geneval2_values(rows):
     """What the scores are means of, in percent: AM, GM, {skill: AM} and {atom_count: GM}, each (prompts,), of rows with
     `probabilities` and `skills` (questions,) and `atom_count`. A skill's score is the mean over questions; its values
     here are the sums over a prompt's questions, divided by how many of them such a prompt has on average."""
-    am, gm, sums, atoms = [], [], {}, {}
+    am, gm, skills, atoms = [], [], {}, {}
     for row in rows:
         p = 100 * np.array(row["probabilities"], float)
         am.append(p.mean())
@@ -55,16 +50,10 @@ def geneval2_values(rows):
             gm.append(np.exp(np.log(p).mean()))
         atoms.setdefault(row["atom_count"], []).append(gm[-1])
         for skill in sorted(set(row["skills"])):
-            own = p[np.array(row["skills"]) == skill]
-            sums.setdefault(skill, []).append((own.sum(), len(own)))
-    skills = {skill: np.array(pairs)[:, 0] / np.mean(pairs, 0)[1] for skill, pairs in sums.items()}
-    return np.array(am), np.array(gm), skills, {count: np.array(values) for count, values in sorted(atoms.items())}
-
-
-def geneval2_summary(rows):
-    """Soft-TIFA AM and GM, {skill: AM} and {atom_count: GM}, in percent."""
-    am, gm, *parts = geneval2_values(rows)
-    return am.mean(), gm.mean(), *[{key: x.mean() for key, x in part.items()} for part in parts]
+            skills.setdefault(skill, []).append(p[np.array(row["skills"]) == skill])
+    means = {skill: np.array([own.sum() for own in found]) / np.mean([len(own) for own in found])
+             for skill, found in skills.items()}
+    return np.array(am), np.array(gm), means, {count: np.array(atoms[count]) for count in sorted(atoms)}
 
 
 @torch.no_grad()
@@ -92,9 +81,9 @@ def load(device, data):
         found = [[] for _ in rows]
         for start in range(0, len(asked), AT_ONCE):
             places, questions, answers = zip(*asked[start:start + AT_ONCE])
-            p = first_token(net, tokenizer, [seen[k] for k in places], questions)
-            for k, probabilities, *pair in zip(places, p, questions, answers):
-                first = [tokenizer(text).input_ids[0] for text in geneval2_answers(*pair)]
-                found[k].append(geneval2_probability(probabilities, first))
+            p = first_token(net, tokenizer, [seen[k] for k in places], questions)  # (questions, vocabulary)
+            for k, question, answer, p_of in zip(places, questions, answers, p):
+                accepted = geneval2_answers(question, answer)
+                found[k].append(sum(float(p_of[tokenizer(text).input_ids[0]]) for text in accepted))
         return [dict(value=float(np.mean(p)), probabilities=p) for p in found]
     return judge

@@ -4,11 +4,9 @@
     PickScore   1,632 PartiPrompts, an image each           the network's own scale times cos
     CLIPScore   non_spatial and complex of CompBench        cos, CLIP B/32
 
-All are cosines of image and prompt by a CLIPModel, whose pixels are torchvision's. PickScore and CLIPScore are the
-official ones; HPSv2 differs in precision, float32 for float16.
-
-The paper's HPSv2 is on the scale of version 2.0, to which its authors' script gives the weights by name: its 26.95 for
-SD-1.5 is also what HPSv2's own table has for SD-1.4 with 2.0 (with 2.1: 25.35). Most papers of 2026 report version 2.1.
+All are cosines of image and prompt by a CLIPModel with torchvision's pixels. PickScore and CLIPScore are the official
+ones. HPSv2 differs in precision, float32 for float16. The paper's HPSv2 is on the scale of version 2.0: its authors'
+script gives those weights by name, and its 26.95 for SD-1.5 is HPSv2's own number for SD-1.4 with 2.0 (2.1: 25.35).
 """
 
 import html
@@ -21,8 +19,7 @@ import transformers
 from judges.shared import cosine, fetch_lines, fetch_text, from_hub, from_url, normalised, rename, unit
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
-PROMPTS = "https://huggingface.co/datasets/zhwang/HPDv2/resolve/main/benchmark/{}.json"
-# ^ its commits could not be looked up; settings.json has a checksum of every list
+PROMPTS = "https://huggingface.co/datasets/zhwang/HPDv2/resolve/main/benchmark/{}.json"  # of no known commit
 PARTI = "https://raw.githubusercontent.com/google-research/parti/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071/PartiPrompts.tsv"
 CLIP_B, CLIP_H = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICK, HPS = "yuvalkirstain/PickScore_v1", "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt"
@@ -67,18 +64,17 @@ def open_clip_text(prompt):
 
 def clip_from_open_clip(state):
     """The names of open_clip's weights -> those of CLIPModel."""
-    renames = [("token_embedding", "embeddings.token_embedding"), ("class_embedding", "embeddings.class_embedding"),
-               ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_pre", "pre_layrnorm"),
-               ("conv1", "embeddings.patch_embedding"), ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"),
-               ("transformer.resblocks", "encoder.layers"), ("attn.in_proj_", "self_attn.{}_proj."),
-               ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
-               ("c_fc", "fc1"), ("c_proj", "fc2")]
-    sides = {("vision_model." if name.startswith("visual.") else "text_model.") + name.removeprefix("visual."): x
-             for name, x in state.items()}
+    renames = [("visual.", "vision_model."), ("conv1", "embeddings.patch_embedding"), ("ln_pre", "pre_layrnorm"),
+               ("token_embedding", "embeddings.token_embedding"), ("class_embedding", "embeddings.class_embedding"),
+               ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_post", "post_layernorm"),
+               ("ln_final", "final_layer_norm"), ("transformer.resblocks", "encoder.layers"), ("c_fc", "fc1"),
+               ("c_proj", "fc2"), ("attn.in_proj_", "self_attn.{}_proj."), ("attn.out_proj", "self_attn.out_proj"),
+               ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2")]
+    sides = rename({name if "visual." in name else "text_model." + name: x for name, x in state.items()}, renames)
     shared = {"logit_scale": sides.pop("text_model.logit_scale"),
               "text_projection.weight": sides.pop("text_model.text_projection").T,
               "visual_projection.weight": sides.pop("vision_model.proj").T}
-    return shared | rename(sides, renames)
+    return shared | sides
 
 
 def load_hps(device, data, weights=HPS):

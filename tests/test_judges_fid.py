@@ -45,7 +45,7 @@ def test_a_torchvision_of_another_build_and_a_damaged_inception_end_in_a_sentenc
     module.FeatureExtractorInceptionV3 = extractor
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    with pytest.raises(UserError, match=rf"Inception \({error}\): delete .*, and pip install -r requirements-eval.txt"):
+    with pytest.raises(UserError, match=rf"Inception cannot be read \({error}\): delete .*, and pip install -r requirements-eval.txt"):
         fid.load_inception("cpu")
 
 
