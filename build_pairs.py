@@ -18,56 +18,46 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread 
 
 import diffusers
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
 from lib import models
-from lib.files import UserError, count, same_settings, stop_if_foreign, text_checksum, to_lines, write_file
+from lib.files import UserError, checksum, count, same_settings, stop_if_foreign, text_checksum, to_lines, write_file
 from lib.images import look_at, read_image_pairs, read_pair, to_pixels
-from lib.pairs import PairStore, finish_store, inspect, is_whole, read_meta, shard_path, write_shard
-from lib.processes import at_least, barrier, given_flags, processes, program
+from lib.pairs import PairStore, inspect, read_meta, shard_path, write_shards
+from lib.processes import at_least, barrier, from_all, given_flags, processes, program
 from lib.prompts import read_perturbed, stop_if_bad
 
 
 def sample_sides(model, rows, how):
-    """x_0 of the winners of some rows and, but for negatives "none", of their losers: (B or 2 B, channels, h, w)."""
+    """x_0 of the winners of some rows and, but for negatives "none", of their losers: each (B, channels, h, w)."""
     prompts = [row["c"] for row in rows]
     x_T = torch.stack([models.initial_noise(row["noise_seed"], model.latent_shape) for row in rows])  # (B, ...)
     if how["negatives"] == "generated":
         prompts, x_T = prompts + [row["c_minus"] for row in rows], torch.cat([x_T, x_T])
-    return models.sample(model, prompts, x_T, how["steps"], how["guidance"])
+    return models.sample(model, prompts, x_T, how["steps"], how["guidance"]).cpu().split(len(rows))
 
 
-def encode_sides(model, pairs):
-    """x_0 of the winners and of the losers of some (winner, loser), which are PIL images: (2 B, channels, h, w)."""
-    size = model.latent_shape[1] * model.pipe.vae_scale_factor
+def encode_sides(model, rows):
+    """x_0 of the winners and of the losers of some rows, which name images: each (B, channels, h, w)."""
+    size, pairs = model.latent_shape[1] * model.pipe.vae_scale_factor, [read_pair(row) for row in rows]
     pixels = [to_pixels(pair[side], size) for side in (0, 1) for pair in pairs]
-    return models.encode_images(model, torch.stack(pixels))
+    return models.encode_images(model, torch.stack(pixels)).cpu().split(len(rows))
 
 
-def make_shard(model, rows, args, how, images, bar):
-    """The file of a shard, made --batch-size rows at a time: x_0_w and x_0_l, or x_0_w only; and the ids of its rows
-    that give no pair. `images` has the checksums of each row's images, which the file keeps."""
-    parts, made_from, black = [], [], Image.new("RGB", (8, 8))
+def make_shard(model, rows, args, how, images):
+    """The file of a shard, made --batch-size rows at a time: x_0_w and x_0_l, or x_0_w only; and the ids of the rows
+    whose latents are not finite. `images` has a checksum of each row's images, which the file keeps."""
+    parts = []
     for start in range(0, len(rows), args.batch_size):
         some = rows[start:start + args.batch_size]
-        if args.from_images:
-            pairs = [read_pair(row) if images[row["id"]] else (black, black, "-") for row in some]
-            made_from += [pair[-1] for pair in pairs]
-            x_0 = encode_sides(model, pairs)
-        else:
-            x_0 = sample_sides(model, some, how)
-        parts.append(x_0.cpu().split(len(some)))
-        bar.update(len(some))
+        parts.append(encode_sides(model, some) if images else sample_sides(model, some, how))
     shard = {name: torch.cat(x).contiguous() for name, x in zip(("x_0_w", "x_0_l"), zip(*parts))}
     bad = [row["id"] for i, row in enumerate(rows) if not all(x[i].isfinite().all() for x in shard.values())]
     if bad and not args.skip_bad:
-        raise UserError(f"the latents of the pairs {bad} are not finite: their shard was not written. Give --skip-bad, "
-                        "which leaves these pairs out.")
-    content = save(shard, dict(images=" ".join(made_from)) if args.from_images else None)
-    return content, bad + [row["id"] for row in rows if args.from_images and not images[row["id"]]]
+        raise UserError(f"the latents of the pairs {bad} are not finite. Give --skip-bad, which leaves them out.")
+    return save(shard, dict(images=" ".join(images[row["id"]] for row in rows)) if images else None), bad
 
 
 @program
@@ -77,33 +67,28 @@ def main(argv=None):
         return inspect(args.inspect)
     out = args.out or os.path.join("pairs", os.path.basename(os.path.abspath(args.model)))
     rows = read_image_pairs(args.from_images) if args.from_images else read_perturbed(args.prompts, args.seed)
-    if not rows:
-        raise UserError(f"{args.from_images or args.prompts} has no pairs in it.")
     stop_if_foreign(os.path.join(out, "meta.json"))
     with processes(out) as (rank, world, device):
         images = look_at(rows, rank, world, args.skip_bad) if args.from_images else {}
+        rows = [row for row in rows if row["id"] in images or not args.from_images]  # without the bad ones
+        if not rows:
+            raise UserError(f"{args.from_images or args.prompts} has no pairs in it.")
         model = models.load(args.model, device, torch.float16 if device.type == "cuda" else torch.float32)
-        how = dict(negatives=args.negatives, steps=args.steps or model.steps,
-                   guidance=model.guidance if args.guidance is None else args.guidance)
+        how = dict(negatives=args.negatives)
+        if not args.from_images:
+            how |= dict(sampler=type(model.pipe.scheduler).__name__, steps=args.steps or model.steps,
+                        guidance=model.guidance if args.guidance is None else args.guidance, seed=args.seed)
         if rank == 0:  # the first process alone begins the store
             begin_store(args, out, rows, model, how)
         barrier()
         if args.compile:
             model.net.compile()
         shards = [rows[k:k + args.shard_size] for k in range(0, len(rows), args.shard_size)]
-        store = PairStore(out) if "checksums" in read_meta(out) else None  # a finished store must be whole still
-        for number in range(len(shards))[rank::world]:
-            check_made(out, number, shards[number], images, store)
-        barrier()  # all shards were checked before the list of those to be made
-        todo = [number for number in range(len(shards)) if not os.path.exists(shard_path(out, number))]
-        barrier()  # all processes have this list before any makes a shard
-        mine = todo[rank::world]
-        with tqdm(desc="pairs", total=sum(len(shards[number]) for number in mine), disable=rank > 0) as bar:
-            for number in mine:
-                write_shard(out, number, *make_shard(model, shards[number], args, how, images, bar))
-        barrier()
+        todo = missing_shards(out, shards, images, rank, world)
+        for turn in tqdm(range(0, len(todo), world), "a shard for each process", disable=rank > 0):
+            mine = todo[turn + rank:turn + rank + 1]  # the last turn may have none for this process
+            write_shards(out, [(number, *make_shard(model, shards[number], args, how, images)) for number in mine])
         if rank == 0:
-            finish_store(out, len(shards))
             pairs = count(PairStore(out), "pair")
             print(f"wrote {out}: {pairs} in {count(shards, 'shard')}" if todo else
                   f"{out} is complete: {pairs}; nothing was done")
@@ -117,24 +102,19 @@ def main(argv=None):
 
 def begin_store(args, out, rows, model, how):
     """Writes meta.json and pairs.jsonl, or raises UserError if the store was begun with something else."""
+    if not args.from_images:
+        stop_if_bad(args.prompts, [f"{args.prompts}: {name}: c and c_minus are the same in the tokens that the model "
+                                   "reads" for name in models.same_tokens(model, rows)])
     settings = dict(scheduler=models.scheduler_checksum(model), weights=models.model_checksum(model),
                     latents=list(model.latent_shape), scale=models.latent_scale(model), pairs=len(rows),
-                    dtype=str(model.dtype).removeprefix("torch."), shard_size=args.shard_size,
-                    negatives=args.negatives)
-    if not args.from_images:
-        settings |= dict(sampler=type(model.pipe.scheduler).__name__, steps=how["steps"], guidance=how["guidance"],
-                         seed=args.seed)
+                    dtype=str(model.dtype).removeprefix("torch."), shard_size=args.shard_size, **how)
     text = to_lines(row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows))
     notes = dict(model=args.model, table=text_checksum(text),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
     meta, table = os.path.join(out, "meta.json"), os.path.join(out, "pairs.jsonl")
-    begun = read_meta(out) if os.path.exists(meta) else None
-    if not begun and not args.from_images:
-        limit = max(model.max_tokens.values(), default=model.pipe.tokenizer.model_max_length)
-        stop_if_bad(args.prompts, [f"{args.prompts}: {name}: c and c_minus are the same in the {limit} tokens that the "
-                                   "model reads" for name in models.same_tokens(model, rows)])
+    begun = read_meta(out) if os.path.exists(meta) else notes
     same_settings(meta, settings, notes)
-    if begun and begun["table"] != notes["table"]:
+    if begun["table"] != notes["table"]:
         raise UserError(f"{out} was begun with other prompts than {args.from_images or args.prompts} has: use the same "
                         "again, or another --out.")
     if not os.path.exists(table):
@@ -144,24 +124,28 @@ def begin_store(args, out, rows, model, how):
         print(f"{count(empty, 'pair')} of {len(rows)} with an empty c_minus, which is the null prompt")
 
 
-def check_made(out, number, rows, images, store):
-    """Raises UserError if a shard of a finished store is damaged, or was made from other images than are there now. In
-    an unfinished store a damaged shard is removed, and so made again."""
-    path = shard_path(out, number)
-    if not os.path.exists(path):
-        return
-    if store:
-        store.check_shard(number)
-    elif not is_whole(out, number):
-        os.remove(path)
-        print(f"{path} is damaged: it is made again")
-        return
-    with safe_open(path, framework="pt") as shard:
-        made_from = (shard.metadata() or {}).get("images", "").split()
-    changed = [row["id"] for row, then in zip(rows, made_from) if (images[row["id"]] or "-") != then]
-    if changed:
-        raise UserError(f"{path} was made from other images of the pairs {changed[:10]} than are there now: put those "
-                        "back, or delete the shard, which is then made again.")
+def missing_shards(out, shards, images, rank, world):
+    """The numbers of the shards to be made: those that are not there, and damaged ones of an unfinished store. Raises
+    UserError if one of a finished store is damaged, or if one was made from other images than are there now."""
+    missing, checksums = [], read_meta(out)["checksums"]
+    store = PairStore(out) if None not in checksums else None
+    for number in range(len(shards))[rank::world]:
+        path = shard_path(out, number)
+        if not os.path.exists(path):
+            missing.append(number)
+        elif store:
+            store.check_shard(number)
+        elif checksum(path) != checksums[number]:
+            print(f"{path} is damaged or was not finished: it is made again")
+            missing.append(number)
+        if images and number not in missing:
+            with safe_open(path, framework="pt") as shard:
+                seen = shard.metadata()["images"].split()
+            changed = [row["id"] for row, then in zip(shards[number], seen) if images[row["id"]] != then]
+            if changed:
+                raise UserError(f"{path} was made from other images of the pairs {changed[:10]} than are there now: "
+                                "put those back, or delete the shard, which is then made again.")
+    return sorted(sum(from_all(missing), []))  # all were checked before the first is made
 
 
 def parse(argv):
@@ -170,19 +154,15 @@ def parse(argv):
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--inspect", metavar="STORE", help="only say and draw what is in a store, and what is wrong")
-    add("--model", type=os.path.normpath,
-        help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder; NAME@fp16 takes the files of a variant")
+    add("--model", type=os.path.normpath, help=f"{', '.join(models.PRESETS)}, a hub id or a folder; or NAME@VARIANT")
     add("--prompts", default="perturbed.jsonl", help="what perturb.py wrote (default: perturbed.jsonl)")
     add("--out", help="the pair store (default: pairs/MODEL)")
     add("--from-images", metavar="PATH", help="instead of --prompts: a folder with a metadata.jsonl (c, winner and "
         "loser in each line) or with Pick-a-Pic's .parquet files, or one such file")
-    add("--skip-bad", action="store_true", help="leave out pairs whose images cannot be read or are the same, or whose "
-        "latents are not finite")
-    add("--negatives", choices=["generated", "none"], default="generated", help="none: winners only, for half the cost "
-        "(enough for train.py --negatives rand-positive and not-paired)")
+    add("--skip-bad", action="store_true", help="leave out pairs of bad or equal images, or of latents not finite")
+    add("--negatives", choices=["generated", "none"], default="generated", help="none: winners only, at half the cost")
     add("--steps", type=at_least(1, high=1000), help="of sampling (default, from scripts: 25, SANA 20)")
-    add("--guidance", type=at_least(0, float, 100), help="guidance scale (default, from scripts: 7.5, SDXL and SD3 "
-        "5.0, SANA 4.5; shapes 3)")
+    add("--guidance", type=at_least(0, float, 100), help="default, from scripts: 7.5, SDXL and SD3 5, SANA 4.5")
     add("--batch-size", type=at_least(1), default=16, help="pairs sampled at once (default: 16, guess)")
     add("--shard-size", type=at_least(1), default=128, help="pairs in a file (default: 128, guess)")
     add("--seed", type=at_least(0), default=0, help="x_T of pair i comes from seed + i (default: 0)")

@@ -27,7 +27,7 @@ import perturb
 from lib import models, plots
 from lib.files import UserError, checksum
 from lib.images import image_bytes, open_rgb, read_image_pairs, read_pair
-from lib.pairs import PairStore, check_store, shard_path
+from lib.pairs import PairStore, shard_path
 from lib.processes import holding
 
 STEPS = ["--steps", "2", "--shard-size", "3"]
@@ -53,6 +53,18 @@ def vouch(folder, *shards):
     for s in shards:
         meta["checksums"][s] = checksum(shard_path(folder, s))
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def problems_of(store):
+    """The sentences of --inspect on what is wrong with a store; none if it is whole."""
+    try:
+        build_pairs.main(["--inspect", str(store)])
+    except SystemExit as error:
+        *problems, last = str(error).splitlines()
+        assert last.startswith(f"{store}: {len(problems)} problem")
+        return problems
+    assert os.path.exists(f"{store}.png")
+    return []
 
 
 def stop_at_call(monkeypatch, number):
@@ -114,7 +126,7 @@ def test_prompts_that_differ_only_where_the_model_reads_no_further_are_refused_b
     with pytest.raises(SystemExit) as stop:
         build(sd, tmp_path / "store", "--prompts", write_lines(tmp_path / "long.jsonl", rows), *STEPS)
     *bad, last = str(stop.value).splitlines()
-    assert [re.search(r"long.jsonl: (.*): c and c_minus are the same in the 77 tokens that the model reads", line)[1] for line in bad] == ["p75", "p76"]
+    assert [re.search(r"long.jsonl: (.*): c and c_minus are the same in the tokens that the model reads", line)[1] for line in bad] == ["p75", "p76"]
     assert last.startswith("2 bad lines in") and not os.path.exists(tmp_path / "store")
 
 
@@ -125,7 +137,7 @@ def test_winners_only_are_the_winners_of_the_pairs(sd, prompts, pairs, tmp_path)
         (row, x_0_w, x_0_l), (expected_row, expected, _) = winners[i], both[i]
         torch.testing.assert_close(x_0_w, expected, rtol=1e-3, atol=1e-3)
         assert row == expected_row and x_0_l is None
-    assert len(winners) == 10 and check_store(winners, models.load(sd)) == []
+    assert len(winners) == 10 and problems_of(tmp_path / "store") == []
     with pytest.raises(SystemExit, match="begun with negatives none, not generated"):
         build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
 
@@ -139,7 +151,7 @@ def test_latents_that_are_not_finite_are_not_stored_or_left_out(sd, prompts, pai
         return x_0
 
     monkeypatch.setattr(models, "sample", sample)
-    with pytest.raises(SystemExit, match=r"the pairs \['p1'\] are not finite: .* Give --skip-bad"):
+    with pytest.raises(SystemExit, match=r"the pairs \['p1'\] are not finite. Give --skip-bad, which leaves them out"):
         build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
     assert sorted(read_folder(tmp_path / "store")) == ["meta.json", "pairs.jsonl"]
     build(sd, tmp_path / "store", "--prompts", prompts, "--skip-bad", *STEPS)
@@ -147,7 +159,7 @@ def test_latents_that_are_not_finite_are_not_stored_or_left_out(sd, prompts, pai
     assert [row["id"] for row in store.rows] == [f"p{i}" for i in kept] and "store: 6 pairs in 4 shards" in capsys.readouterr().out
     for i, k in enumerate(kept):
         assert store[i][0] == whole[k][0] and all((x == y).all() for x, y in zip(store[i][1:], whole[k][1:]))
-    assert check_store(store, models.load(sd)) == []
+    assert problems_of(tmp_path / "store") == []
     build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
     assert "is complete: 6 pairs; nothing was done" in capsys.readouterr().out
 
@@ -199,8 +211,7 @@ def test_images_become_the_means_of_their_codes_upright_cut_square_and_scaled(fa
                 code = vae.encode(image).latent if name == "sana" else vae.encode(image).latent_dist.mode()
             close = dict(atol=0.02) if given[side] == "clear.png" else dict(atol=1e-5)  # Pillow's own rounding of alpha
             torch.testing.assert_close(found, (code[0] - shift) * factor, rtol=1e-4, **close)
-    problems = check_store(store, models.load(model))
-    assert all("deviation" in problem for problem in problems)  # random weights; a null c_minus is no problem
+    assert all("deviation" in problem for problem in problems_of(tmp_path / "a"))  # random weights; a null c_minus is none
 
 
 def test_all_bad_images_are_named_before_the_first_shard_and_a_stopped_run_goes_on_past_the_mended_ones(sd, photos, tmp_path, monkeypatch):
@@ -214,7 +225,7 @@ def test_all_bad_images_are_named_before_the_first_shard_and_a_stopped_run_goes_
     with pytest.raises(SystemExit) as stop:
         build(*command)
     first, second, last = str(stop.value).splitlines()
-    assert re.fullmatch(r"pair 1: \S*/photos/tall.png cannot be read as an image: \S.*", first) and "turned-8.jpg cannot be read" in second
+    assert re.fullmatch(r"pair 1: \S*/photos/tall.png cannot be read \(\S.*\): put a whole image there, or leave the pair out.", first) and "turned-8.jpg cannot be read" in second
     assert last == "2 bad pairs: mend them, or give --skip-bad, which leaves them out." and not (made or os.path.exists(tmp_path / "store"))
     for name, content in good.items():
         (folder / name).write_bytes(content)
@@ -232,7 +243,7 @@ def test_skip_bad_leaves_out_pairs_that_are_none_and_counts_them(sd, photos, tmp
     for _ in range(2):
         build(*command)
         said, store = capsys.readouterr().out, PairStore(tmp_path / "store")
-        assert re.search(r"left out 1 bad pair of 4:\npair 1: \S*/tall.png cannot be read as an image: No such file", said)
+        assert re.search(r"left out 1 bad pair of 4:\npair 1: \S*/tall.png cannot be read \(.*No such file", said)
         assert "store: 3 pairs in 2 shards" in said or "store is complete: 3 pairs; nothing was done" in said
         assert [row["id"] for row in store.rows] == ["0", "2", "3"] and len(store) == 3
         for i, k in enumerate((0, 2, 3)):
@@ -251,7 +262,7 @@ def test_skip_bad_leaves_out_pairs_that_are_none_and_counts_them(sd, photos, tmp
 ], ids=["empty", "text", "half", "head", "head damaged", "petapixels"])
 def test_an_unreadable_image_is_named(damage, photos, tmp_path):
     (tmp_path / "bad.png").write_bytes(damage((photos[0] / "plain.png").read_bytes()))
-    with pytest.raises(UserError, match=r"^pair 7: \S*/bad.png cannot be read as an image: [^<>]+\Z"):
+    with pytest.raises(UserError, match=r"^pair 7: \S*/bad.png cannot be read \([^<>]+\): put a whole image there, or leave the pair out\.\Z"):
         read_pair(dict(id="7", winner=str(photos[0] / "plain.png"), loser=str(tmp_path / "bad.png")))
 
 
@@ -311,10 +322,10 @@ def test_killed_at_any_change_to_any_file_it_goes_on_to_the_same_store(sd, promp
         out = str(tmp_path / f"store-{n}")
         code = killed_at(n, out, sd, out, *flags)
         if code == 9:
-            if os.path.exists(f"{out}/meta.json") and "checksums" in json.load(open(f"{out}/meta.json")):  # only the notes and the lock were left to be removed
+            if os.path.exists(f"{out}/meta.json") and None not in json.load(open(f"{out}/meta.json")).get("checksums", [None]):  # only the lock was left
                 assert [PairStore(out)[i][0]["id"] for i in range(4)] == ["p0", "p1", "p2", "p3"]
             else:
-                with pytest.raises(UserError, match="is not finished|is no pair store"):
+                with pytest.raises(UserError, match="is not finished|meta.json cannot be read"):
                     PairStore(out)
             build(sd, out, *flags)
         assert read_folder(out) == read_folder(tmp_path / "whole")
@@ -323,13 +334,14 @@ def test_killed_at_any_change_to_any_file_it_goes_on_to_the_same_store(sd, promp
     assert code == 0 and n > 13  # the folder, and opening and renaming 3 files that are written 4 times at least
 
 
-@pytest.mark.parametrize("damage", ["junk", "zeros", "empty", "half", "NaN", "a missing key", "float16", "reversed", "no note", "a bad note", "another's note"])
+@pytest.mark.parametrize("damage", ["junk", "zeros", "empty", "half", "NaN", "a missing key", "float16", "reversed", "no checksum"])
 def test_a_shard_of_an_unfinished_store_that_is_not_what_was_written_is_made_again(damage, sd, prompts, pairs, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped"):
         stop_at_call(patch, 3)
         build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
-    path, note = (str(tmp_path / "store" / f"shard-00001.{end}") for end in ("safetensors", "json"))
-    content, x_0 = open(path, "rb").read(), load_file(path)
+    path, meta = (str(tmp_path / "store" / name) for name in ("shard-00001.safetensors", "meta.json"))
+    content, x_0, noted = open(path, "rb").read(), load_file(path), json.load(open(meta))
+    assert noted["checksums"] == [checksum(shard_path(tmp_path / "store", 0)), checksum(path), None, None]
     bytes_of = dict(junk=b"junk", zeros=bytes(len(content)), empty=b"", half=content[:len(content) // 2])
     changes = {"NaN": lambda x: x * torch.nan, "float16": lambda x: x.half(), "reversed": lambda x: x.flip(0)}
     if damage in bytes_of:
@@ -338,13 +350,13 @@ def test_a_shard_of_an_unfinished_store_that_is_not_what_was_written_is_made_aga
         save_file({name: changes[damage](x).contiguous() for name, x in x_0.items()}, path)
     elif damage == "a missing key":
         save_file(dict(x_0_w=x_0["x_0_w"]), path)
-    else:
-        os.remove(note)
-        open(note, "w").write("{" if damage == "a bad note" else "[]") if damage != "no note" else None
+    else:  # killed before it was noted
+        noted["checksums"][1] = None
+        json.dump(noted, open(meta, "w"), indent=1)
     capsys.readouterr()
     made = stop_at_call(monkeypatch, 9)
     build(sd, tmp_path / "store", "--prompts", prompts, *STEPS)
-    assert made == ["p3", "p6", "p9"] and f"{path} is damaged: it is made again\n" in capsys.readouterr().out
+    assert made == ["p3", "p6", "p9"] and f"{path} is damaged or was not finished: it is made again\n" in capsys.readouterr().out
     assert read_folder(tmp_path / "store") == read_folder(pairs)
 
 
@@ -414,13 +426,12 @@ def test_a_changed_table_or_meta_is_noticed(sd, prompts, copy):
         with pytest.raises(UserError, match="pairs.jsonl is missing or was changed"):
             PairStore(copy)
     meta = json.loads((copy / "meta.json").read_text())
-    wrong = [dict(checksums=[]), dict(checksums=5), dict(shard_size=0), dict(shard_size="3"), dict(model=5), dict(negatives="x"), dict(pairs=True), dict(left_out=3)]
-    for change in ("", "{", "[1]", "{}", *[json.dumps(meta | change) for change in wrong]):
+    wrong = [dict(checksums=[]), dict(checksums=5), dict(shard_size=0), dict(shard_size="3"), dict(negatives="x")]
+    for change in ("", "{", "[1]", "{}", table, *[json.dumps(meta | change) for change in wrong]):
         (copy / "meta.json").write_text(change)
-        with pytest.raises(UserError, match="is no pair store, or its meta.json is damaged: give another path"):
-            PairStore(copy)
-        with pytest.raises(SystemExit, match="is no pair store, or its meta.json is damaged: give another path"):
-            build(sd, copy, "--prompts", prompts, *STEPS)
+        for read in (lambda: PairStore(copy), lambda: build(sd, copy, "--prompts", prompts, *STEPS)):
+            with pytest.raises((UserError, SystemExit), match=f"^{copy}/meta.json cannot be read .*: give a pair store, or make the pairs in a new folder.$"):
+                read()
 
 
 def scaled(x, deviation):
@@ -428,13 +439,12 @@ def scaled(x, deviation):
 
 
 BAD_SHARDS = {  # what it does to the first shard's x_0_w and x_0_l, of 3 pairs: how it is refused
-    "zero": (lambda w, l: dict(x_0_w=w, x_0_l=torch.stack([l[0], 0 * l[1], l[2]])), r"x_0_l of the pairs \['p1'\] has a deviation of 0"),
-    "constant": (lambda w, l: dict(x_0_w=w * 0 + 7, x_0_l=l), r"x_0_w of the pairs \['p0', 'p1', 'p2'\] has a deviation of 0"),
-    "huge": (lambda w, l: dict(x_0_w=torch.cat([w[:2], scaled(w[2:], 31)]), x_0_l=l), r"x_0_w of the pairs \['p2'\] has a deviation of 31: these are no scaled latents"),
-    "integers": (lambda w, l: dict(x_0_w=w, x_0_l=l.int()), r"x_0_l is torch.int32 of shape \[3, 4, 8, 8\], not floats"),
-    "narrow": (lambda w, l: dict(x_0_w=w[..., :7].contiguous(), x_0_l=l), r"x_0_w is torch.float32 of shape \[3, 4, 8, 7\], not floats of shape \[3, 4, 8, 8\]"),
-    "a pair too many": (lambda w, l: dict(x_0_w=torch.cat([w, w]), x_0_l=l), r"x_0_w is torch.float32 of shape \[6, 4, 8, 8\], not floats of shape \[3"),
-    "no losers": (lambda w, l: dict(x_0_w=w), r"is not a shard of a pair store \(.*x_0_l"),
+    "zero": (lambda w, l: dict(x_0_w=w, x_0_l=torch.stack([l[0], 0 * l[1], l[2]])), r"x_0_l of the pair p1 has a deviation of 0, which no scaled latents have"),
+    "constant": (lambda w, l: dict(x_0_w=w * 0 + 7, x_0_l=l), r"x_0_w of the pair p0 has a deviation of 0,"),
+    "huge": (lambda w, l: dict(x_0_w=torch.cat([w[:2], scaled(w[2:], 31)]), x_0_l=l), r"x_0_w of the pair p2 has a deviation of 31,"),
+    "narrow": (lambda w, l: dict(x_0_w=w[..., :7].contiguous(), x_0_l=l), r"shape '\[3, 4, 8, 8\]' is invalid for input of size 672"),
+    "a pair too many": (lambda w, l: dict(x_0_w=torch.cat([w, w]), x_0_l=l), r"shape '\[3, 4, 8, 8\]' is invalid for input of size 1536"),
+    "no losers": (lambda w, l: dict(x_0_w=w), r".*x_0_l"),
     "good": (lambda w, l: dict(x_0_w=scaled(w, 0.05).half(), x_0_l=torch.stack([scaled(x, 29) for x in l])), None)}
 
 
@@ -448,12 +458,12 @@ def test_latents_that_can_be_none_are_refused_when_their_shard_is_opened_though_
     if message is None:
         assert store[0][1].shape == (4, 8, 8)
     else:
-        with pytest.raises(UserError, match=rf"^\S*/shard-00000.safetensors:? {message}"):
+        with pytest.raises(UserError, match=rf"^\S*/shard-00000.safetensors cannot be read \({message}.*\): make the pairs in a new folder.$"):
             store[0]
 
 
 def test_a_check_names_everything_that_is_wrong_and_nothing_else(sd, prompts, pairs, tmp_path):
-    assert check_store(PairStore(pairs), models.load(sd)) == []
+    assert problems_of(pairs) == []
     out = tmp_path / "store"
     build(sd, out, "--prompts", prompts, "--steps", 1, "--shard-size", 1)
     rows = [json.loads(line) for line in open(out / "pairs.jsonl")]
@@ -476,9 +486,9 @@ def test_a_check_names_everything_that_is_wrong_and_nothing_else(sd, prompts, pa
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps(meta | dict(scale=[1.0, 0.0])))
     expected = ["pair p2: c and c_minus are the same to the model", "pair p9: c and c_minus are the same", rf"{out}: it holds latents .* of scale \[1.0, 0.0\]",
-                r"0\.\S+ is missing or damaged", r"1\.\S+ is missing or damaged", r"3\.\S+: x_0_w of the pairs \['p3'\] has a deviation of 40",
-                r"5\.\S+: x_0_l of the pairs \['p5'\] has a deviation of nan", r"6\.\S+ is not a shard of a pair store", r"8\.\S+ is missing or damaged"]
-    found = check_store(PairStore(out), models.load(sd))
+                r"0\.\S+ is missing or damaged", r"1\.\S+ is missing or damaged", r"3\.\S+ cannot be read \(x_0_w of the pair p3 has a deviation of 40,",
+                r"5\.\S+ cannot be read \(x_0_l of the pair p5 has a deviation of nan,", r"6\.\S+ cannot be read \(.*x_0_l", r"8\.\S+ is missing or damaged"]
+    found = problems_of(out)
     assert len(found) == len(expected) and all(re.search(wanted, line) for wanted, line in zip(expected, found)), found
 
 
@@ -601,14 +611,21 @@ def test_images_that_differ_only_where_nothing_is_seen_make_no_pair(tmp_path):
 def test_a_label_or_caption_of_another_kind_is_named(column, cell, tmp_path):
     path = str(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"label_0": [1.0], "caption": ["a fox"]} | {column: [cell]}), path)
-    with pytest.raises(UserError, match="a.parquet:1: not a row with a text as caption and 0, 0.5 or 1 as label_0: {"):
+    with pytest.raises(UserError, match="a.parquet:1: label_0 must be 0, 0.5 or 1, not" if column == "label_0" else "a.parquet:1: not a row with texts c, winner, loser: {'c': 3"):
         read_image_pairs(path)
+
+
+def test_a_bad_row_of_several_files_is_named_by_its_number_in_all(tmp_path):
+    for name, caption in (("a", "a fox"), ("b", 3)):
+        pyarrow.parquet.write_table(pyarrow.table(dict(label_0=[1.0, 0.0], caption=[caption] * 2)), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=f"^{tmp_path}:3: not a row with texts c, winner, loser: {{'c': 3.*\n{tmp_path}:4: .*\n2 bad lines in {tmp_path} to be"):
+        read_image_pairs(str(tmp_path))
 
 
 def test_null_and_nan_are_no_labels(tmp_path, capsys):
     pyarrow.parquet.write_table(pyarrow.table(dict(label_0=[1.0, None, float("nan"), 0.5, 0.0], caption=["a fox"] * 5)), tmp_path / "a.parquet")
     assert [row["id"] for row in read_image_pairs(str(tmp_path / "a.parquet"))] == ["000001", "000005"]
-    assert capsys.readouterr().out == "left out 2 of 5 pairs: without a label\nleft out 1 of 5 pairs: ties\n"
+    assert capsys.readouterr().out == "left out 2 of 5 pairs: without a label, a caption or a second image\nleft out 1 of 5 pairs: ties\n"
 
 
 def pick_a_pic(path, rows, group=2):
@@ -630,7 +647,7 @@ def test_pick_a_pics_files_give_the_pairs_that_their_images_would_without_ties(s
     capsys.readouterr()
     build(sd, tmp_path / "store", "--from-images", folder, "--shard-size", 3)
     said = capsys.readouterr().out
-    assert "left out 2 of 8 pairs: ties\n" in said and "left out 1 of 8 pairs: without a label\n" in said and "left out 1 of 8 pairs: without a caption or of one image\n" in said
+    assert "left out 2 of 8 pairs: ties\n" in said and "left out 2 of 8 pairs: without a label, a caption or a second image\n" in said
     assert f"4 pairs in 2 shards\nnext: python train.py --model {sd} --pairs {tmp_path / 'store'} --objective diffusion-dpo\n" in said
     ours, theirs = PairStore(tmp_path / "store"), PairStore(tmp_path / "files")
     assert [row["id"] for row in ours.rows] == ["000001", "000003", "000005", "000007"]
@@ -656,8 +673,8 @@ PNG = png(9, 9, 9)
 
 @pytest.mark.parametrize("rows, message", [
     ([(PNG, PNG, 1.0, "a fox")], "pair 000001: .*jpg_0 and .*jpg_1 are the same image\n1 bad pair: "),
-    ([(b"x", b"x", 1.0, "a fox")], "pair 000001: .*a.parquet/0/0/jpg_0 cannot be read as an image: it is no image, or of a kind that Pillow does not know"),
-    ([(b"x", b"y", 1.0, "a fox")], r"a.parquet/0/0/jpg_0 cannot be read as an image"), ([(PNG, None, 1.0, "a fox")], "pair 000001: .*a.parquet/0/0/jpg_1 cannot be read as an image: it is empty\n"),
+    ([(b"x", b"x", 1.0, "a fox")], "pair 000001: .*a.parquet/0/0/jpg_0 cannot be read \\(it is no image, or of a kind that Pillow does not know\\)"),
+    ([(b"x", b"y", 1.0, "a fox")], r"a.parquet/0/0/jpg_0 cannot be read"), ([(PNG, None, 1.0, "a fox")], "pair 000001: .*a.parquet/0/0/jpg_1 cannot be read \\(it is no image"),
     ([(b"x", b"y", 0.5, "a fox")], "a.parquet has no pairs in it"), (None, "a.parquet must have one column label_0; it has caption"),
     (b"text", "a.parquet cannot be read as a .parquet file")])
 def test_what_pick_a_pics_files_cannot_give_is_named(rows, message, sd, tmp_path):
@@ -682,8 +699,8 @@ def test_an_image_of_a_row_group_is_found_in_any_order(tmp_path):
     ("--prompts", dict(c="same", c_minus="same"), "2: c is empty, or c_minus is the same as c"),
     ("--prompts", dict(c="", c_minus="b"), "2: c is empty"), ("--prompts", dict(c="x"), "2: not a row with texts c, c_minus"),
     ("--prompts", None, "has no pairs in it"), ("--from-images", None, "has no pairs in it"),
-    ("--from-images", GOOD | dict(loser="none.png"), "pair 1: .*none.png cannot be read as an image: No such file or directory\n1 bad pair: "),
-    ("--from-images", GOOD | dict(winner="deep"), "pair 1: .*deep cannot be read as an image: Is a directory"),
+    ("--from-images", GOOD | dict(loser="none.png"), "pair 1: .*none.png cannot be read .*No such file or directory.*\n1 bad pair: "),
+    ("--from-images", GOOD | dict(winner="deep"), "pair 1: .*deep cannot be read .*Is a directory"),
     ("--from-images", GOOD | dict(c=" "), "2: c is empty"), ("--from-images", GOOD | dict(loser=GOOD["winner"]), "pair 1: .*plain.png and .* are the same image"),
     ("--from-images", GOOD | dict(loser="deep/../plain.png"), "pair 1: .*plain.png and .* are the same image"),
     ("--from-images", GOOD | dict(loser="copy.png"), "pair 1: .*plain.png and .* are the same image"), ("--from-images", GOOD | dict(id="0"), "2: the id 0 is already that of"),
@@ -718,10 +735,7 @@ def test_inspect_says_and_draws_what_is_in_a_store(sd, pairs, tmp_path, capsys, 
     build_pairs.main(["--inspect", pairs + "/"])
     said, store = capsys.readouterr().out, PairStore(pairs)
     rows = store.rows
-    words = sorted(len(row["c"].split()) for row in rows)
-    assert f"c: 10 prompts; words: 0% {words[0]}," in said and f"100% {words[-1]}\n" in said and '"steps": 2' in said
-    x_0_l = torch.stack([store[i][2] for i in range(10)])
-    assert f"x_0_l of 10 pairs: mean {x_0_l.mean():.3f}, deviation {x_0_l.std():.3f}" in said
+    assert '"steps": 2' in said and "checksums" not in said and said.endswith(f"{pairs}/ is whole\n")
     (path, ((_, winners, c), (_, losers, c_minus))), = drawn.items()
     assert path == pairs + ".png" and c == [rows[i]["c"] for i in (0, 2, 4, 6)] and c_minus == [rows[i]["c_minus"] for i in (0, 2, 4, 6)]
     model = models.load(sd)

@@ -79,16 +79,16 @@ BAD_PAIRS = {  # what was done to the store: the damage, what a run says, what -
     "a missing shard": (lambda s: os.remove(s / "shard-00001.safetensors"), "shard-00001.safetensors is missing or damaged", None),
     "a truncated shard": (lambda s: os.truncate(s / "shard-00001.safetensors", 300), "shard-00001.safetensors is missing or damaged", None),
     "a flipped bit": (flip_a_bit, "shard-00001.safetensors is missing or damaged", None),
-    "a NaN": (lambda s: rewrite(s, change_shard=lambda x: one_number(x, float("nan"))), "x_0_w of the pairs \\['p3'\\] has a deviation of nan: these are no scaled latents", None),
-    "an infinity": (lambda s: rewrite(s, change_shard=lambda x: one_number(x, float("inf"))), "x_0_w of the pairs \\['p3'\\] has a deviation of nan: these are no scaled latents", None),
+    "a NaN": (lambda s: rewrite(s, change_shard=lambda x: one_number(x, float("nan"))), "x_0_w of the pair p3 has a deviation of nan, which no scaled latents have", None),
+    "an infinity": (lambda s: rewrite(s, change_shard=lambda x: one_number(x, float("inf"))), "x_0_w of the pair p3 has a deviation of nan, which no scaled latents have", None),
     "a malformed line": (lambda s: rewrite(s, lambda rows: [*rows[:2], "{not json", *rows[3:]]), "pairs.jsonl:3: not a JSON object: {not json", None),
     "a changed table": (lambda s: (s / "pairs.jsonl").write_text("x"), "pairs.jsonl is missing or was changed", None),
     "the same c and c_minus": (set_row(4, c_minus="a tall tree on a hill"), None, "pair p4: c and c_minus are the same to the model"),
     "another shape": (set_meta(latents=[4, 16, 16]), "holds latents \\[4, 16, 16\\]", None),
     "another scale": (set_meta(scale=[0.13025, 0.0]), "of scale \\[0.13025, 0.0\\], but .* needs .* of \\[0.18215, 0.0\\]", None),
     "an unfinished store": (lambda s: (s / "meta.json").write_text(json.dumps({k: v for k, v in json.loads((s / "meta.json").read_text()).items() if k != "checksums"})), "is not finished", None),
-    "a broken meta.json": (lambda s: (s / "meta.json").write_text("{"), "meta.json is (not valid JSON|damaged)", None),
-    "an empty meta.json": (lambda s: (s / "meta.json").write_text("{}"), "meta.json is (not valid JSON|damaged)", None),
+    "a broken meta.json": (lambda s: (s / "meta.json").write_text("{"), "meta.json cannot be read .*: give a pair store", None),
+    "an empty meta.json": (lambda s: (s / "meta.json").write_text("{}"), "meta.json cannot be read .*: give a pair store", None),
 }
 
 
@@ -248,7 +248,7 @@ def test_a_shard_that_is_cut_under_a_running_trainer_ends_it_with_a_sentence(sd,
         return real(*batch)
 
     monkeypatch.setattr(train, "step_loss", step_loss)
-    assert re.search("shard-0000..safetensors was changed during the run: make the pairs anew",
+    assert re.search("shard-0000..safetensors cannot be read .*: it was changed during the run. Make the pairs anew",
                      error_of(lambda: run(sd, str(store), tmp_path / "run", "--updates", 20)))
 
 
