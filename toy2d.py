@@ -102,24 +102,18 @@ def train_reference(seed, updates=1500, batch=256, lr=5e-3):
 
 
 def draw_pairs(ref, seed, n, source="apart"):
-    """n pairs a class, the first n of 64: x_0_w and x_0_l (n K, 2), c and c_minus (n K,).
-
-    The reference draws x_0_w given c and x_0_l given c_minus, each from its own x_T (source "apart") or both from one
-    ("shared-noise", as build_pairs.py does); "clean" pairs are the ground truth's. The neighbours of c take turns as
-    c_minus, and the first one is drawn.
-    """
+    """n pairs a class, the first n of 64: x_0_w and x_0_l (n K, 2), c and c_minus (n K,). The reference draws x_0_w
+    given c and x_0_l given c_minus, each from its own x_T (source "apart") or both from one ("shared-noise", as
+    build_pairs.py does); "clean" pairs are the ground truth's. A class's neighbours take turns as c_minus."""
     rng = torch.Generator().manual_seed(2000 + seed)
-    c = torch.arange(K).expand(64, K)
-    side = (torch.randint(2, (K,), generator=rng) + torch.arange(64)[:, None]) % 2  # (64, K)
-    c_minus = (c + 1 - 2 * side) % K
+    c, i = torch.arange(K).repeat(64), torch.arange(64).repeat_interleave(K)  # (64 K,): pair i of class c
+    c_minus = (c + 1 - 2 * ((torch.randint(2, (K,), generator=rng)[c] + i) % 2)) % K
     if source == "clean":
-        x_0_w, x_0_l = draw_data(c, rng, **CLEAN), draw_data(c_minus, rng, **CLEAN)  # (64, K, 2)
+        x_0_w, x_0_l = draw_data(c, rng, **CLEAN), draw_data(c_minus, rng, **CLEAN)  # (64 K, 2)
     else:
-        x_T_w, x_T_l = torch.randn(2, 64, K, 2, generator=rng)
-        x_T_l = x_T_w if source == "shared-noise" else x_T_l
-        x_0_w = ddim(ref, c.flatten(), x_T_w.flatten(0, 1)).view(64, K, 2)
-        x_0_l = ddim(ref, c_minus.flatten(), x_T_l.flatten(0, 1)).view(64, K, 2)
-    return [x[:n].flatten(0, 1) for x in (x_0_w, x_0_l, c, c_minus)]
+        x_T_w, x_T_l = torch.randn(2, 64 * K, 2, generator=rng)
+        x_0_w, x_0_l = ddim(ref, c, x_T_w), ddim(ref, c_minus, x_T_w if source == "shared-noise" else x_T_l)
+    return [x[:n * K] for x in (x_0_w, x_0_l, c, c_minus)]
 
 
 # ---- tuning (d), (e), (f), and two controls: is DDSPO more than guidance away from c_minus?
@@ -129,11 +123,12 @@ def pair_loss(objective, theta, ref, x_0_w, x_0_l, c, c_minus, t, eps, beta):
     """The loss of each pair of a batch: x_0_w, x_0_l and eps (B, 2), c, c_minus and t (B,) -> (B,)."""
     x_t_w, x_t_l = noise(x_0_w, t, eps), noise(x_0_l, t, eps)  # the same t and eps for both
     eps_theta_w, eps_theta_l = theta(x_t_w, t, c), theta(x_t_l, t, c)
-    eps_ref_w, eps_ref_l, eps_ref_l_minus = ref(x_t_w, t, c), ref(x_t_l, t, c), ref(x_t_l, t, c_minus)
+    eps_ref_w, eps_ref_l = ref(x_t_w, t, c), ref(x_t_l, t, c)
     if objective == "diffusion-dpo":  # Eq. 4: the target is the noise, that is, the way to this very sample
         return diffusion_dpo_loss(eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l, eps, eps, beta)[0]
     if objective == "dspo":  # with the same target
         return dspo_loss(eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l, eps, eps, beta)[0]
+    eps_ref_l_minus = ref(x_t_l, t, c_minus)
     if objective == "ddspo":  # Eq. 7: the target is what the reference says at this state
         return ddspo_loss(eps_theta_w, eps_theta_l, eps_ref_w, eps_ref_l, eps_ref_l_minus, beta)[0]
     s, eps_ref_w_minus = beta, ref(x_t_w, t, c_minus)  # a control has a guidance scale s in place of beta
@@ -151,8 +146,7 @@ def finetune(ref, pairs, seed, objective, beta, lr, updates=300, batch=128):
         pick = torch.randint(len(pairs[0]), (batch,), generator=rng)
         t, eps = torch.randint(T, (batch,), generator=rng), torch.randn(batch, 2, generator=rng)
         pick, t, eps = (x.to(pairs[0].device) for x in (pick, t, eps))
-        x_0_w, x_0_l, c, c_minus = (x[pick] for x in pairs)
-        loss = pair_loss(objective, theta, ref, x_0_w, x_0_l, c, c_minus, t, eps, beta)
+        loss = pair_loss(objective, theta, ref, *(x[pick] for x in pairs), t, eps, beta)  # (batch,)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
@@ -193,15 +187,13 @@ OBJECTIVES = {"D-DPO": "diffusion-dpo", "DSPO": "dspo", "DDSPO": "ddspo",
 SETTINGS = {  # (beta or s, lr) at N = 2: the best of studies/toy2d_sweep.py on other seeds, beta 0.1 or 1 being as good
     "apart": [(1, 5e-6), (10, 2.5e-6), (1, 1e-5), (50, 1e-5), (50, 1e-5)],
     "shared-noise": [(1, 1e-5), (10, 2.5e-6), (1, 1e-5), (50, 1e-5), (50, 1e-5)],
-    "clean": [(1, 1e-5), (1, 2e-5), (1, 1e-5), (50, 1e-5), (50, 1e-5)],
-}
+    "clean": [(1, 1e-5), (1, 2e-5), (1, 1e-5), (50, 1e-5), (50, 1e-5)]}
 
 
 @program
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--pairs", choices=list(SETTINGS), default="apart", help="the two samples of a pair are drawn "
-                        "by the reference, apart (the default) or from one x_T, or are clean: from the ground truth")
+    parser.add_argument("--pairs", choices=SETTINGS, default="apart", help="the source that draw_pairs describes")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cpu", help="(default: %(default)s)")
     parser.add_argument("--out", default="figures/toy2d.png", help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)

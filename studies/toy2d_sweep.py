@@ -26,44 +26,38 @@ BETA = {name: [3, 10, 50] if "guidance" in objective else [0.1, 1, 10] for name,
 
 
 def run_all(settings, seeds):
-    """The scores of every setting on every seed, (settings, seeds, 3). A setting is (source of pairs, N, name of the
-    method, beta, lr, updates)."""
-    values = np.zeros((len(settings), len(seeds), 3))
-    bar = tqdm(total=len(settings) * len(seeds), desc="runs", leave=False)
-    for j, seed in enumerate(seeds):
+    """{setting: its scores on every seed, (seeds, 3)}. A setting is (source of pairs, N, name of the method, beta, lr,
+    updates)."""
+    scores = {setting: [] for setting in settings}
+    for seed in seeds:
         ref = toy2d.train_reference(seed)
         pairs = {source: toy2d.draw_pairs(ref, seed, max(COUNTS), source) for source in SETTINGS}
-        for i, (source, n, name, beta, lr, updates) in enumerate(settings):
+        for setting in tqdm(scores, f"seed {seed}", leave=False):
+            source, n, name, beta, lr, updates = setting
             first = [x[:n * toy2d.K] for x in pairs[source]]
             theta = toy2d.finetune(ref, first, seed, OBJECTIVES[name], beta, lr, updates)
-            values[i, j] = toy2d.quality(toy2d.sample_classes(theta))
-            bar.update()
-    bar.close()
-    return values
+            scores[setting].append(toy2d.quality(toy2d.sample_classes(theta)))
+    return {setting: np.array(values) for setting, values in scores.items()}
 
 
 def label(source, n, name, beta, lr, updates):
     """A setting's row in a table."""
-    return f"{source}, {n}, {name}, {beta:g}, {lr:g}, {updates}"
+    return f"{source}, {n}, {name}, {beta:g}, {lr:g}, {updates}" if updates else "Reference"
 
 
 def choose_settings():
     """{(source, N, method): its best setting}; prints the whole grid."""
     grid = {}
-    for source, n, name in itertools.product(SETTINGS, COUNTS, OBJECTIVES):
-        beta, _ = SETTINGS[source][list(OBJECTIVES).index(name)]
-        if source != "clean" or n == 2:
-            grid[source, n, name] = [(source, n, name, beta, lr, 300)
-                                     for beta in (BETA[name] if n == 2 else [beta]) for lr in LR]
-    values = iter(run_all(sum(grid.values(), []), TUNING_SEEDS))
-    best, rows = {}, {}
-    for key, settings in grid.items():
-        tried = [next(values) for _ in settings]  # (seeds, 3) each
-        first = np.argmin([scores[:, 1].mean() for scores in tried])
-        best[key] = settings[first]
-        rows |= {label(*setting) + (" (best)" if i == first else ""): tried[i] for i, setting in enumerate(settings)}
+    for source, n in itertools.product(SETTINGS, COUNTS):
+        for name, (beta, _) in zip(OBJECTIVES, SETTINGS[source]):
+            if source != "clean" or n == 2:
+                grid[source, n, name] = [(source, n, name, beta, lr, 300)
+                                         for beta in (BETA[name] if n == 2 else [beta]) for lr in LR]
+    scores = run_all(sum(grid.values(), []), TUNING_SEEDS)
+    best = {key: min(settings, key=lambda setting: scores[setting][:, 1].mean()) for key, settings in grid.items()}
     print(f"The grid, {len(TUNING_SEEDS)} other seeds:\n")
-    print(toy2d.quality_table("pairs, N, method, beta or s, lr, updates", rows))
+    print(toy2d.quality_table("pairs, N, method, beta or s, lr, updates", {
+        label(*setting) + (" (best)" if setting in best.values() else ""): x for setting, x in scores.items()}))
     return best
 
 
@@ -74,18 +68,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try_path(args.out)
     torch.set_num_threads(1)  # as in toy2d.py
-
-    lines = choose_settings()
+    lines = {"Reference": ("apart", 2, "DDSPO", 1, 0, 0)} | choose_settings()
     for source, updates, name in itertools.product(["apart", "shared-noise"], UPDATES, OBJECTIVES):
         beta, lr = lines[source, 2, name][3], lines[source, 2, "DDSPO"][4]
         lines[source, f"{updates} updates", name] = source, 2, name, beta, lr, updates
-    lines["Reference"] = "apart", 2, "DDSPO", 1, 0, 0
-    values = dict(zip(lines, run_all(list(lines.values()), toy2d.SEEDS)))
+    scores = run_all(lines.values(), toy2d.SEEDS)
     print(f"\nEach method at its best, and at DDSPO's lr after other numbers of updates, {len(toy2d.SEEDS)} seeds:\n")
-    rows = {"Reference": values["Reference"]}
-    rows |= {label(*setting): values[key] for key, setting in lines.items() if key != "Reference"}
-    print(toy2d.quality_table("pairs, N, method, beta or s, lr, updates", rows))
-    draw_lines(values, args.out)
+    print(toy2d.quality_table("pairs, N, method, beta or s, lr, updates", {label(*x): scores[x] for x in scores}))
+    draw_lines({line: scores[setting] for line, setting in lines.items()}, args.out)
 
 
 def draw_lines(values, path):
@@ -103,9 +93,9 @@ def draw_lines(values, path):
                               color=["C3", "C1", "C0", "0.5", "black"][i], linestyle="--" if i > 2 else "-")
             axis.axhline(values["Reference"][:, score].mean(), color="grey", linestyle=":", label="Reference")
             axis.set(xscale="log", xticks=xs, xticklabels=xs, yscale="log" if score else "linear", title=text,
-                     ylabel="energy distance to the truth: lower is better" if score else
-                     "share nearest own mode: higher is better")
-            axis.set_xlabel("updates with N = 2 and DDSPO's learning rate" if xs is UPDATES else "pairs per class N")
+                     xlabel="updates with N = 2 and DDSPO's learning rate" if xs is UPDATES else "pairs per class N",
+                     ylabel=["share nearest own mode: higher is better",
+                             "energy distance to the truth: lower is better"][score])
             axis.xaxis.minorticks_off()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     save_figure(figure, path)
