@@ -222,7 +222,7 @@ def set_up(args, rank, world, device):
     return types.SimpleNamespace(
         args=args, rank=rank, world=world, device=device, store=store, model=model, policies=policies,
         networks=networks, precision=name, parameters=parameters, optimizer=optimizer, scaler=scaler,
-        identity=runs.identity_of(args, name, store, model))
+        identity=runs.identity_of(args, name, store, model, policies))
 
 
 # ---- policies

@@ -68,10 +68,7 @@ def read_settings(run):
 def settings_of(model, args):
     """(what images depend on, what else is worth knowing). The model is known by its checksum, because a path may hold
     another run's tomorrow."""
-    known = models.model_checksum(model)
-    if args.unet:
-        known = text_checksum("".join([known, *map(checksum, model.unet_files)]))[:16]
-    fixed = dict(checksum=known, steps=model.steps, guidance=model.guidance, seed=args.seed,
+    fixed = dict(checksum=models.model_checksum(model), steps=model.steps, guidance=model.guidance, seed=args.seed,
                  sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
                  pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)
     base = models.training_of(args.model, "model") or args.model  # what the model was tuned from

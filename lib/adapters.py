@@ -10,15 +10,11 @@ from lib.parts import LORA, put_adapter
 
 def add_lora(net, rank):
     """Freezes net and gives it a trainable LoRA adapter, "theta", on the attention's projections (script). The adapter
-    starts at 0, so that net is still the reference. Raises UserError if the rank is above a projection's width."""
+    starts at 0, so that net is still the reference."""
     from peft import LoraConfig  # here, because full fine-tuning does not need peft
 
     net.requires_grad_(False)
     projections = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    width = min(min(m.weight.shape) for name, m in net.named_modules() if name.endswith(tuple(projections)))
-    if rank > width:
-        raise UserError(f"--lora-rank {rank} is above the width of this model's narrowest projection: take {width} "
-                        "or less.")
     net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections), "theta")
 
 
@@ -26,24 +22,23 @@ def with_adapter(net, *names):
     """net as a function that runs with this adapter, or with none, as the reference. Afterwards "theta" is on again."""
     layers = []  # found at the first call, when all adapters are loaded; net.set_adapter would search them each time
 
-    def switch(names):
-        for layer in layers:
-            layer._active_adapter = names
-
     def forward(*args, **kwargs):
         layers.extend(() if layers else (m for m in net.modules() if hasattr(m, "_active_adapter")))
-        switch(list(names))
+        for layer in layers:
+            layer._active_adapter = list(names)
         try:
             return net(*args, **kwargs)
         finally:
-            switch([name for name in net.peft_config if name == "theta"])
+            for layer in layers:
+                layer._active_adapter = [name for name in net.peft_config if name == "theta"]
     return forward
 
 
 def load_policy(path, role, base, model):
     """The winner or loser of Eq. 6: an adapter, which goes into the frozen network `base`, or a model's network. Raises
     UserError if it does not fit the model."""
-    if not os.path.isfile(os.path.join(path, LORA)):
+    adapter = os.path.join(path, LORA)
+    if not os.path.isfile(adapter):
         other = load(path, text=False)
         kinds = [(type(m.pipe).__name__, m.latent_shape, latent_scale(m), m.prediction_type) for m in (other, model)]
         if kinds[0] != kinds[1]:
@@ -59,4 +54,6 @@ def load_policy(path, role, base, model):
     setattr(pipe, model.net_name, base)
     put_adapter(pipe, path, role, f"--{role} ")
     base.set_adapter([name for name in base.peft_config if name == "theta"])
-    return with_adapter(base, role)
+    policy = with_adapter(base, role)
+    policy.files = [adapter]
+    return policy

@@ -10,9 +10,7 @@
     predict     one pass of a network: its prediction at (x_t, t, c)
 
 `sample` (x_T -> x_0 by the pipeline's own sampler) and `encode_images` (pixels -> x_0) are the same for all. The
-objective, the pairs and the training loop use these and know nothing else of a model. A model is named by a preset, a
-hub id or a local diffusers folder; its family is read from the folder's model_index.json. t counts from 0, where there
-is least noise.
+objective, the pairs and the training loop know nothing else of a model. t counts from 0, where there is least noise.
 """
 
 import glob
@@ -28,8 +26,8 @@ import numpy as np
 import torch
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
-from lib.files import UserError, checksum, read_json, text_checksum
-from lib.parts import LORA, WITHOUT, download, load_part, naming, put_adapter, stored_dtype, weight_files
+from lib.files import UserError, checksum, read_json, reading, text_checksum
+from lib.parts import AGAIN, LORA, WITHOUT, download, load_part, put_adapter, stored_dtype
 from lib.processes import is_first
 
 PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -53,16 +51,13 @@ class StableDiffusion:
         self.xl = hasattr(pipe, "text_encoder_2")
         self.steps, self.guidance = 25, 5.0 if self.xl else 7.5  # of sampling (script)
         self.prediction_type = pipe.scheduler.config.get("prediction_type")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"{pipe.name_or_path} predicts {self.prediction_type}, but only epsilon and v_prediction "
-                            "are supported.")
-        if not hasattr(pipe.scheduler, "alphas_cumprod"):
-            raise UserError(f"{pipe.name_or_path}: its scheduler, {type(pipe.scheduler).__name__}, has no "
-                            "alphas_cumprod, but only models of these families with DDPM's noise are supported.")
+        if self.prediction_type not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
+            raise UserError(f"{pipe.name_or_path}: its {type(pipe.scheduler).__name__} predicts {self.prediction_type}:"
+                            " only epsilon and v_prediction with DDPM's noise (alphas_cumprod) are supported.")
         self.alpha_bar = pipe.scheduler.alphas_cumprod.to(device, torch.float32)  # (T,)
         self.num_train_timesteps = len(self.alpha_bar)
-        self.latent_shape = read_shape(pipe, self.net)
-        size = self.latent_shape[1] * pipe.vae_scale_factor
+        self.latent_shape = self.net.config.in_channels, *[self.net.config.sample_size] * 2
+        size = self.net.config.sample_size * pipe.vae_scale_factor
         self.sizes = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=device)
 
     @torch.no_grad()
@@ -110,8 +105,15 @@ class Sana:
 
     def __init__(self, pipe, device):
         self.pipe, self.net, self.device, self.dtype = pipe, pipe.transformer, device, pipe.transformer.dtype
-        self.num_train_timesteps, self.shift = pipe.scheduler.config.num_train_timesteps, read_shift(pipe)
-        self.latent_shape = read_shape(pipe, self.net)
+        self.latent_shape = self.net.config.in_channels, *[self.net.config.sample_size] * 2
+        self.num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+        kind, given = type(pipe.scheduler), pipe.scheduler.load_config(pipe.name_or_path, subfolder="scheduler")
+        shift = given.get("shift" if "shift" in inspect.signature(kind).parameters else "flow_shift")
+        flows = "FlowMatch" in kind.__name__ or given.get("use_flow_sigmas")
+        if not flows or shift is None or given.get("use_dynamic_shifting"):  # without it kind would silently take 1
+            raise UserError(f"{pipe.name_or_path}: the file of its {kind.__name__} has no use_flow_sigmas, or has no "
+                            "fixed shift or flow_shift, so that the noise at t is unknown.")
+        self.shift = float(shift)
         for module in self.net.modules():
             if isinstance(getattr(module, "processor", None), SanaLinearAttnProcessor2_0):
                 module.set_processor(LinearAttention())
@@ -196,30 +198,6 @@ def to_dtype(tensors, dtype):
     return {name: x.to(dtype) for name, x in tensors.items()}
 
 
-def read_shape(pipe, net):
-    """(channels, h, w) of the latents, which are square."""
-    size = net.config.sample_size
-    if not isinstance(size, int):
-        raise UserError(f"{pipe.name_or_path}: its sample_size is {size}, but only square images are supported.")
-    return net.config.in_channels, size, size
-
-
-def read_shift(pipe):
-    """The shift in the scheduler's file. Two classes of schedulers have two names for it, and each silently takes 1
-    where only the other name is given: the pipeline's scheduler is then made again with the right one."""
-    kind = type(pipe.scheduler)
-    given = kind.load_config(pipe.name_or_path, subfolder="scheduler")
-    own, other = ("shift", "flow_shift") if "shift" in inspect.signature(kind).parameters else ("flow_shift", "shift")
-    shift = given.get(own, given.get(other))
-    flows = "FlowMatch" in kind.__name__ or given.get("use_flow_sigmas")
-    if given.get("use_dynamic_shifting") or shift is None or not flows:
-        raise UserError(f"{pipe.name_or_path}: the file of its {kind.__name__} has no use_flow_sigmas, or has no fixed "
-                        "shift or flow_shift, so that the noise at t is unknown.")
-    if own not in given:
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **{own: shift})
-    return float(shift)
-
-
 # ---- the same for all families
 
 
@@ -292,117 +270,88 @@ def initial_noise(seed, shape):
 
 
 def read_name(name):
-    """A model's name -> the folder or hub id that it stands for, and the variant of its weights. NAME@fp16 asks for
-    the files *.fp16.safetensors; None is the plain ones. A folder goes before a preset of the same name."""
+    """What a model's name stands for: the folder's absolute path or the hub id, and the variant of its weights, the
+    files *.fp16.safetensors for NAME@fp16 and the plain ones for None. A folder goes before a preset of its name."""
     asked = None if os.path.isdir(name) else re.fullmatch(r"(.+)@(\w+)", name)
     path, variant = asked.groups() if asked else (name, None)
-    here = os.path.isfile(os.path.join(path, "model_index.json"))
-    return path if here else PRESETS.get(path, path), variant
+    if not os.path.isfile(os.path.join(path, "model_index.json")):
+        path = PRESETS.get(path, path)
+    return os.path.abspath(path) if os.path.isdir(path) else path, variant
 
 
 def full_name(name):
     """A model's name that means the same in every folder: a hub id, a folder's absolute path, or `shapes`."""
     path, variant = read_name(name)
-    if path == PRESETS["shapes"]:
-        return "shapes"
-    return (os.path.abspath(path) if os.path.isdir(path) else path) + f"@{variant}" * bool(variant)
-
-
-def find(name):
-    """The folder of a model, named by a preset, a hub id or the folder, and its model_index.json, a dict."""
-    folder, variant = read_name(name)
-    if not os.path.isdir(folder):
-        try:
-            folder = download(folder, variant)
-        except UserError as error:
-            known = name in PRESETS or folder in PRESETS.values()
-            what = "" if known else f" is no preset ({', '.join(PRESETS)}) and no folder"
-            raise UserError(f"{name}{what}: {error}") from None
-    index = os.path.join(folder, "model_index.json")
-    if not os.path.isfile(index):
-        results = [os.path.join(name, result) for result in ("pipeline", "lora")]
-        instead = [f": give {result}" for result in results if os.path.isdir(result)]
-        raise UserError(f"{name} is no diffusers folder: it has no model_index.json" + "".join(instead[:1]))
-    with naming(f"{folder}: its model_index.json"):
-        try:
-            config = read_json(index)
-        except UserError as error:
-            raise UserError(f"{error} Copy or download the model again.") from None
-        kind = config.get("_class_name")
-    if kind not in FAMILIES:
-        raise UserError(f"{name} is a {kind}, but only {', '.join(FAMILIES)} are supported.")
-    return folder, config
+    path = "shapes" if path == PRESETS["shapes"] else path
+    return f"{path}@{variant}" if variant else path
 
 
 def training_of(folder, key):
     """An entry of the training.json that train.py wrote beside a result; None for any other model."""
     path = os.path.join(folder, "training.json")
-    with naming(path):
+    with reading(path, "the command that trained the model writes it anew."):
         return read_json(path).get(key) if os.path.isfile(path) else None
 
 
 def preset_of(name):
-    """The preset whose settings suit a model: its own, that of its hub id, that of the model from which train.py made
-    it, or the first of its family."""
-    model, _ = read_name(name)
-    for preset, path in PRESETS.items():
-        if model == path or os.path.abspath(model) == path:
-            return preset
-    return training_of(name, "preset") or FAMILIES[find(name)[1]["_class_name"]][1]
+    """The preset whose settings suit a model: its own, that of the model it was tuned from, or the first of its
+    family."""
+    path, _ = read_name(name)
+    own = {path: preset for preset, path in PRESETS.items()}.get(path)
+    return own or training_of(path, "preset") or FAMILIES[find(name)[1]["_class_name"]][1]
+
+
+def find(name, of=""):
+    """A model's folder, its model_index.json (a dict) and its variant. `of` begins the sentences of errors."""
+    folder, variant = read_name(name)
+    index = os.path.join(folder, "model_index.json")
+    if not os.path.isfile(index):
+        known = "" if folder in PRESETS.values() else f" is no preset ({', '.join(PRESETS)}) and no diffusers folder"
+        folder = download(folder, variant, f"{of}{name}{known}")
+        index = os.path.join(folder, "model_index.json")
+    with reading(of + index, AGAIN), open(index, encoding="utf-8") as file:
+        config = json.load(file)
+        kind = config["_class_name"]
+    if kind not in FAMILIES:
+        raise UserError(f"{of}{name} is a {kind}, but only {', '.join(FAMILIES)} are supported.")
+    return folder, config, variant
 
 
 def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
-    """The model called `name`: a preset, a hub id or a local diffusers folder, each with @VARIANT or without, or the
-    folder of an adapter that train.py wrote. All parts are in `dtype`, but the network is in `net_dtype` where that is
-    given, and without `text` there are no text encoders. Where dtype is float16, a model whose network is stored in
-    bfloat16 is in bfloat16, and so are SANA's and SD3's language models and SANA's autoencoder, which were made for it.
-    Reads safetensors only. Raises UserError if there is no such model or if it is damaged."""
-    adapter = name if os.path.isfile(os.path.join(name, LORA)) else None
+    """The model called `name`: a preset, a hub id or a diffusers folder, each with @VARIANT or without, or the folder
+    of an adapter that train.py wrote. All parts are in `dtype`, but the network is in `net_dtype` where that is given,
+    and without `text` there are no text encoders. Where dtype is float16, what was made for bfloat16 is in bfloat16: a
+    model whose network is stored in it, SANA's and SD3's language models, and SANA's autoencoder. Raises UserError if
+    there is no such model or if it is damaged."""
+    adapter = os.path.join(name, LORA) if os.path.isfile(os.path.join(name, LORA)) else None
     base = training_of(name, "model") if adapter else name
     if not base:
         raise UserError(f"{name} is an adapter without a training.json that names its model.")
-    try:
-        folder, config = find(base)
-    except UserError as error:
-        raise UserError(f"{name} is an adapter of another model: {error}" if adapter else str(error)) from None
-    if base in PRESETS and folder == base and is_first():
-        print(f"note: {base} is the folder {os.path.abspath(base)}, not the preset", file=sys.stderr)
-    preset, variant = preset_of(base), read_name(base)[1]
+    folder, config, variant = find(base, f"{name} is an adapter of another model: " if adapter else "")
+    if base in PRESETS and folder == os.path.abspath(base) and is_first():
+        print(f"note: {base} is the folder {folder}, not the preset", file=sys.stderr)
     if folder in CHECKSUMS and CHECKSUMS[folder] != folder_checksum(folder):
         raise UserError(f"{folder} is not as it is in this repository: git checkout brings it back. If you made it "
                         f"anew, put its checksum, {folder_checksum(folder)}, into CHECKSUMS in lib/models.py.")
-    family, _ = FAMILIES[config["_class_name"]]
+    preset, (family, _) = preset_of(base), FAMILIES[config["_class_name"]]
     stored = STORED.get(preset) or stored_dtype(folder, family.net_name, variant)
     dtype = torch.bfloat16 if dtype == torch.float16 and stored == "BF16" else dtype
     dtypes = dict.fromkeys(family.not_in_float16, torch.bfloat16) if dtype == torch.float16 else {}
     dtypes[family.net_name] = net_dtype or dtype
-    parts = dict(WITHOUT) if "safety_checker" in config else {}
-    if "text_encoder_2" in config and family is StableDiffusion:
-        parts["add_watermarker"] = False  # which would be in the pairs and in the benchmarks' images
+    parts = dict(WITHOUT)
     for part, entry in config.items():
         if isinstance(entry, list) and part not in WITHOUT:
             left_out = not entry[0] or not text and part.startswith(("text_encoder", "tokenizer"))
             parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype), variant)
-    with naming(f"{folder}: its model_index.json"):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
+    with reading(os.path.join(folder, "model_index.json"), AGAIN):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts).to(device)
     if adapter:
-        put_adapter(pipe, adapter, "theta")
+        put_adapter(pipe, name, "theta")
     pipe.set_progress_bar_config(disable=True)
     model = family(pipe, torch.device(device))
-    model.adapter, model.stored, model.variant = adapter, stored, variant
-    model.guidance = GUIDANCE.get(preset, model.guidance)
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(device)
+    model.net.files += [adapter] * bool(adapter)
+    model.stored, model.guidance = stored, GUIDANCE.get(preset, model.guidance)
     return model
-
-
-def policy_files(name):
-    """The files with the weights of an adapter or of a model's network."""
-    if os.path.isfile(os.path.join(name, LORA)):
-        return [os.path.join(name, LORA)]
-    folder, config = find(name)
-    return weight_files(folder, FAMILIES[config["_class_name"]][0].net_name, read_name(name)[1])
 
 
 def folder_checksum(folder):
@@ -418,11 +367,8 @@ def scheduler_checksum(model):
 
 
 def model_checksum(model):
-    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of the weight files that it was
-    loaded from, those of its adapter, its scheduler's settings and the shape of its latents."""
-    files = []
-    for name, part in sorted(model.pipe.components.items()):
-        if isinstance(part, torch.nn.Module):
-            files += weight_files(model.pipe.name_or_path, name, model.variant)
-    files += [os.path.join(model.adapter, LORA)] if model.adapter else []
-    return text_checksum("\n".join([*map(checksum, files), scheduler_checksum(model), str(model.latent_shape)]))[:16]
+    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of the files that its weights
+    are from, of its scheduler's settings and of the shape of its latents."""
+    nets = [part for _, part in sorted(model.pipe.components.items()) if isinstance(part, torch.nn.Module)]
+    files = [checksum(path) for net in nets for path in net.files]
+    return text_checksum("\n".join([*files, scheduler_checksum(model), str(model.latent_shape)]))[:16]

@@ -133,13 +133,12 @@ def load_checkpoint(run):
     return state["update"]
 
 
-def identity_of(args, precision, store, model):
+def identity_of(args, precision, store, model, policies):
     """What must be the same when a run is continued: some flags, and checksums of its pairs and of the weights that it
     starts from."""
     files = {"pairs": [store.meta["table"], *store.meta["checksums"]]}
-    for role, path in dict(winner=args.winner, loser=args.loser).items():
-        if path:
-            files[f"weights of --{role}"] = [*map(checksum, models.policy_files(path))]
+    for role in [role for role in ("winner", "loser") if role in policies]:
+        files[f"weights of --{role}"] = [*map(checksum, policies[role].files)]
     if args.winner and files["weights of --winner"] == files["weights of --loser"]:
         raise UserError(f"--winner {args.winner} and --loser {args.loser} are the same policy: there is no preference.")
     sums = {name: text_checksum("".join(parts)) for name, parts in files.items()}
@@ -223,7 +222,7 @@ def export(run):
         weights = {name.replace(".theta.", "."): x.contiguous() for name, x in trained_state(model.net).items()}
         type(model.pipe).save_lora_weights(partial, **{model.net_name + "_lora_layers": weights})
     else:
-        copy_parts(*models.find(args.model), model.variant, model.net_name, partial)
+        copy_parts(*models.find(args.model), model.net_name, partial)
         model.net.save_pretrained(os.path.join(partial, model.net_name))
     note = os.path.join(partial, "training.json")
     more = {key: models.full_name(getattr(args, key)) for key in ("model", "winner", "loser") if getattr(args, key)}

@@ -274,7 +274,7 @@ def test_a_unet_that_is_published_alone_takes_the_place_of_the_models(world, sd,
     for flags in ([], ["--unet", sd]):
         with pytest.raises(SystemExit, match="a was begun with other checksum"):
             generate(world, sd, "a", "--bench", "pick", *flags)
-    for unet, message in ((world / "nothing", "--unet .*nothing cannot be loaded"),
+    for unet, message in ((world / "nothing", "--unet .*nothing cannot be read"),
                           (family_folders["sdxl"], "is of another kind than the model: its cross_attention_dim is 80, not 32")):
         with pytest.raises(SystemExit, match=message):
             generate(world, sd, "d", "--bench", "pick", "--unet", str(unet))

@@ -186,14 +186,12 @@ def test_policies_that_were_replaced_are_noticed(sd, pairs, tmp_path):
 
 def test_adapters_that_do_not_fit_are_refused(sd, pairs, family_folders, tmp_path):
     flags = ["--updates", "1", "--lora-rank", "2"]
-    assert "--lora-rank 17 is above the width of this model's narrowest projection: take 16 or less" in error_of(
-        lambda: run(sd, pairs, tmp_path / "w", "--updates", 1, "--lora-rank", 17))
     run(sd, pairs, tmp_path / "w", *flags, objective="diffusion-dpo")
     adapter, note = str(tmp_path / "w" / "lora"), tmp_path / "w" / "lora" / "training.json"
     model = models.load(family_folders["sd2"])
     with pytest.raises(UserError, match="--winner .* is an adapter of a model that predicts epsilon, not v_prediction"):
         adapters.load_policy(adapter, "winner", model.net, model)
-    for text, said in (("{", "training.json is not valid JSON"), ("[]", "training.json cannot be loaded"), ("{}", "without a training.json that names")):
+    for text, said in (("{", "training.json is not valid JSON"), ("[]", "training.json cannot be read"), ("{}", "without a training.json that names")):
         note.write_text(text)
         with pytest.raises(UserError, match=said):
             models.load(adapter)

@@ -217,12 +217,12 @@ def test_prompts_are_the_same_to_the_model_where_it_encodes_them_the_same(model)
     assert [len(c) for c in expected] == dict(sana=[300], sd3=[255, 281, 300]).get(model.family, [76, 101, 254, 255, 281, 300])
 
 
-@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler])
-@pytest.mark.parametrize("said", ["shift", "flow_shift"])
-def test_the_shift_is_used_by_the_noise_and_the_sampler_whatever_its_name_in_the_file(family_folders, tmp_path, scheduler, said):
-    file, other = "scheduler/scheduler_config.json", dict(shift="flow_shift", flow_shift="shift")[said]
+@pytest.mark.parametrize("scheduler, own, other", [(FlowMatchEulerDiscreteScheduler, "shift", "flow_shift"),
+                                                   (DPMSolverMultistepScheduler, "flow_shift", "shift")])
+def test_the_shift_in_the_schedulers_file_is_used_by_the_noise_and_the_sampler_or_refused(family_folders, tmp_path, scheduler, own, other):
+    file = "scheduler/scheduler_config.json"
     folder = edited(family_folders["sana"], tmp_path / "class", "model_index.json", scheduler=["diffusers", scheduler.__name__])
-    folder = edited(folder, tmp_path / said, file, _class_name=scheduler.__name__, **{said: 2.0, other: None})
+    folder = edited(folder, tmp_path / own, file, _class_name=scheduler.__name__, **{own: 2.0, other: None})
     model, one, s = models.load(folder), torch.ones(1000, 1, 1, 1), (T + 1) / 1000
     close(model.noise(one * 0, T, one).flatten(), 2 * s / (1 + s))
     expected = scheduler(shift=2.0) if scheduler == FlowMatchEulerDiscreteScheduler else scheduler(
@@ -230,7 +230,7 @@ def test_the_shift_is_used_by_the_noise_and_the_sampler_whatever_its_name_in_the
     for x in (expected, model.pipe.scheduler):
         x.set_timesteps(10)
     close(model.pipe.scheduler.sigmas, expected.sigmas)
-    for i, change in enumerate([{said: None}, dict(use_dynamic_shifting=True)]):
+    for i, change in enumerate([{own: None}, {own: None, other: 2.0}, dict(use_dynamic_shifting=True)]):
         with pytest.raises(UserError, match="has no fixed shift or flow_shift, so that the noise at t is unknown"):
             models.load(edited(folder, tmp_path / f"refused-{i}", file, **change))
 
@@ -391,15 +391,15 @@ def damaged(folder, path, part, damage):
 
 
 @pytest.mark.parametrize("part, damage, said", [
-    *[(part, "gone", "cannot be loaded .*there is no such folder") for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet")],
-    *[(part, "{", "cannot be loaded") for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet")],
-    *[(part, "[]", "cannot be loaded .*its settings are no JSON object: copy or download") for part in ("vae", "unet", "scheduler")],
-    *[(part, "[]", "cannot be loaded") for part in ("text_encoder", "tokenizer")],
-    ("text_encoder", "other width", "cannot be loaded .*its weights do not fit its config.json"),
-    *[(part, damage, "cannot be loaded") for part in ("vae", "text_encoder") for damage in ("cut", "other width") if (part, damage) != ("text_encoder", "other width")],
-    ("vae", "a weight less", r"lacks the weights \['decoder.conv_norm_out.weight', 'encoder.conv_norm_out.weight'\]"),
-    ("unet", "a weight less", r"lacks the weights \['conv_norm_out.weight'\]"), ("unet", "other width", "cannot be loaded"),
-    ("text_encoder", "a weight less", r"lacks the weights \['.*layer_norm1.weight'")])
+    *[(part, "gone", "cannot be read .*No such file or directory") for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet")],
+    *[(part, "{", "cannot be read") for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet")],
+    *[(part, "[]", "cannot be read .*: copy or download") for part in ("vae", "unet", "scheduler")],
+    *[(part, "[]", "cannot be read") for part in ("text_encoder", "tokenizer")],
+    *[(part, "other width", "has a config.json that does not fit its weights") for part in ("vae", "text_encoder", "unet")],
+    *[(part, "cut", "cannot be read") for part in ("vae", "text_encoder")],
+    ("vae", "a weight less", r"has a config.json that does not fit its weights \['decoder.conv_norm_out.weight', 'encoder.conv_norm_out.weight'\]"),
+    ("unet", "a weight less", r"has a config.json that does not fit its weights \['conv_norm_out.weight'\]"),
+    ("text_encoder", "a weight less", r"has a config.json that does not fit its weights \['.*layer_norm1.weight'")])
 def test_a_damaged_part_of_a_model_is_named(part, damage, said, family_folders, tmp_path):
     with pytest.raises(UserError, match=f"its {part} {said}") as stop:
         models.load(damaged(family_folders["sd"], tmp_path / "model", part, damage))
@@ -416,7 +416,7 @@ def test_a_tokenizer_without_its_vocabulary_and_a_damaged_index_are_named(family
     shutil.copytree(Path(family_folders["sd"]) / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
     for content in ([], {k: v for k, v in index.items() if k != "vae"}, index | dict(vae=["diffusers", "Nope"]), index | dict(vae="x")):
         (path / "model_index.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match="its (model_index.json|vae) cannot be loaded"):
+        with pytest.raises(UserError, match="(model_index.json|its vae) cannot be read"):
             models.load(str(path))
 
 
@@ -450,14 +450,14 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence_and_code_of_a_model_never_r
     says_x_0 = edited(sd, tmp_path / "x_0", "scheduler/scheduler_config.json", prediction_type="sample")
     for name, message in ((str(tmp_path / "nothing"), "nothing is no preset"),
                           (flux, "is a FluxPipeline, but only StableDiffusionPipeline, .* are supported"),
-                          (says_x_0, "predicts sample, but only epsilon and v_prediction are supported")):
+                          (says_x_0, "predicts sample: only epsilon and v_prediction")):
         with pytest.raises(UserError, match=message):
             models.load(name)
     for part, name, pickle in (("unet", "diffusion_pytorch_model", "diffusion_pytorch_model"), ("text_encoder", "model", "pytorch_model")):
         weights = Path(edited(sd, tmp_path / part, "model_index.json")) / part / f"{name}.safetensors"
         torch.save(load_file(weights), weights.with_name(pickle + ".bin"))  # which may run code
         weights.unlink()
-        with pytest.raises(UserError, match=f"safetensors only.*Error no file named {weights.name}"):
+        with pytest.raises(UserError, match=f"Error no file named {weights.name}.*with weights as .safetensors"):
             models.load(str(tmp_path / part))
     custom = edited(sd, tmp_path / "custom", "model_index.json", unet=["mine", "MyUNet"])
     Path(custom, "unet", "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
