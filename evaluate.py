@@ -13,7 +13,6 @@ was stopped. A file of judges/ says how each benchmark is judged, and what diffe
 """
 
 import argparse
-import contextlib
 import io
 import json
 import os
@@ -28,9 +27,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from judges import compbench, fid, geneval, geneval2, preference, shapes, shared
-from judges.table import in_a_line, is_ours, make_table
+from judges.table import make_table, stop_if_not_ours
 from lib import models, plots
-from lib.files import UserError, same_settings, to_lines, write_file
+from lib.files import UserError, reading, to_lines, write_file
 from lib.parts import replace_unet
 from lib.processes import at_least, barrier, holding, place, processes, program
 from lib.prompts import read_prompts
@@ -53,16 +52,11 @@ THREADS = 8  # that write or read images (guess)
 
 def list_images(bench, data):
     """All images of a benchmark in the order of their seeds: a list of rows, see judges/shared.py."""
-    count, items, _ = BENCHMARKS[bench]
-    try:
+    (count, items, _), folder = BENCHMARKS[bench], os.path.join(data, bench)
+    with reading(f"the list of prompts in {folder}", "delete that folder, so that it is fetched again."):
         rows = items(data)
         if len({row["path"] for row in rows}) != count:
             raise ValueError(f"{len(rows)} images, not {count}")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read the lists of prompts in {data}/{bench} ({error}): delete that folder, so that "
-                        "they are fetched again.") from None
     return rows
 
 
@@ -75,8 +69,7 @@ def generate(args):
         rows = {bench: list_images(bench, args.data) for bench in args.bench}
         model = load_model(args.model, args, device, args.unet)
         if rank == 0:
-            same_settings(os.path.join(args.out, "settings.json"), *shared.settings_of(model, args))
-            shared.add_lists(args.out, rows)
+            shared.begin(args.out, rows, *shared.settings_of(model, args))
         barrier()  # no process writes an image before the first one has found that it belongs here
         for bench in rows:
             write_images(bench, rows[bench], model, args, rank, world)
@@ -150,35 +143,27 @@ def score(args):
     rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
     tasks = [task for run in runs for task in find_tasks(run, args)][rank::world]
-    with contextlib.ExitStack() as locks:
-        for run, bench, name, rows in tasks:
-            locks.enter_context(holding(os.path.join(run, "scores", name)))
-            shared.note_scores(run, name, bench, rows, BENCHMARKS[bench][2][name][2])
-        loaders = {name: BENCHMARKS[bench][2][name][1] for run, bench, name, rows in tasks
-                   if shared.without_score(run, name, rows)}
-        for load in list(loaders.values())[1:]:  # load each once, so that a missing package fails now, not after hours
-            load(device, args.data)
-        for run, _, name, rows in tasks:
-            if shared.without_score(run, name, rows):
-                write_scores(run, name, rows, loaders[name](device, args.data), args)
-            print(f"{run}: {in_a_line(run, name)}")
+    left = [(*task, load) for *task, load in tasks if load]
+    for load in list(dict.fromkeys(load for *_, load in left))[1:]:
+        load(device, args.data)  # load each judge once, so that a missing package fails now, not after hours
+    for run, name, rows, origin, load in left:
+        with holding(os.path.join(run, "scores", name)):
+            write_scores(run, name, rows, origin, load(device, args.data), args)
     if rank == 0:
         print(f"wrote {', '.join(os.path.join(run, 'scores') for run in runs)}. Next:\n"
               + shlex.join(["python", "evaluate.py", "table", *runs]))
 
 
 def find_tasks(run, args):
-    """Yields (run, benchmark, name, rows) for each judge of a run: the name of its scores, and the images that it
-    judges. Raises UserError if some are missing."""
-    asked = args.bench
+    """Yields (run, name, rows, origin, load) for each judge of a run: the name of its scores, the images that it has to
+    judge, what its scores belong to, its loader, or None if all have one. Raises UserError if images are missing."""
     if args.foreign:
-        asked = asked or [bench for bench in BENCHMARKS if os.path.isdir(os.path.join(run, bench))]
-        if not asked:
-            raise UserError(f"{run} has none of the folders {', '.join(BENCHMARKS)}: --foreign looks for images where "
-                            "evaluate.py generate would write them.")
-        shared.adopt(run, {bench: list_images(bench, args.data) for bench in asked})
+        there = [bench for bench in args.bench or BENCHMARKS if os.path.isdir(os.path.join(run, bench))]
+        shared.adopt(run, {bench: list_images(bench, args.data) for bench in there})
     settings = shared.read_settings(run)
-    for bench in asked or settings["lists"]:
+    for bench in args.bench or settings["lists"]:
+        if bench not in BENCHMARKS:
+            raise UserError(f"{run}/settings.json names {bench}, which is no benchmark: take it out of the lists.")
         rows = list_images(bench, args.data)
         if settings["lists"].get(bench) != shared.list_checksum(rows):
             raise UserError(f"{run} holds no images of {bench} from the prompts in {args.data}: make them by "
@@ -186,40 +171,37 @@ def find_tasks(run, args):
         missing = [row["path"] for row in rows if not shared.is_there(os.path.join(run, row["path"]))]
         if missing:
             raise UserError(f"{len(missing)} of {len(rows)} images of {bench} are missing in {run}, first "
-                            f"{missing[0]}: " + ("put them there." if settings["checksum"] == "unknown" else
-                                                 "give the command of generate again."))
-        for name, (groups, *_) in BENCHMARKS[bench][2].items():
-            if not (name == "owl" and compbench.official_spatial(run)):
-                yield run, bench, name, [row for row in rows if groups is None or row["group"] in groups]
+                            f"{missing[0]}: give the command of generate again, or put them there.")
+        for name, (groups, load, weights) in BENCHMARKS[bench][2].items():
+            own = [row for row in rows if groups is None or row["group"] in groups]
+            origin = shared.origin_of(settings, bench, weights)
+            scores = shared.read_scores(run, name, origin)
+            done = "all" in scores or all(row["path"] in scores for row in own)
+            if name != "owl" or not compbench.official_spatial(run):
+                yield run, name, own, origin, None if done else load
 
 
-def write_scores(run, name, rows, judge, args):
-    """Writes scores/`name`.jsonl, a line an image, and goes on after the last whole line that is there; or
-    scores/coco.json, once all images have been seen. A batch is judged whole even where only some of its images have no
-    score, so that a score does not depend on a stop."""
-    path, left = os.path.join(run, "scores", name + ".jsonl"), shared.without_score(run, name, rows)
-    batches = [rows[i:i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-    found = judged(run, name, [batch for batch in batches if not left.isdisjoint(row["path"] for row in batch)], judge)
+def write_scores(run, name, rows, origin, judge, args):
+    """Adds what the judge finds to scores/`name`.jsonl, a line an image; or writes scores/coco.json after all images. A
+    batch is judged whole if one of its images has no score, so that no score depends on a stop."""
+    path, scores, seen = os.path.join(run, "scores", name), shared.read_scores(run, name, origin), []
+    write_file(os.path.join(path, "settings.json"), json.dumps(origin, indent=1) + "\n")
+    if name != "coco":
+        write_file(path + ".jsonl", to_lines(scores.values()))  # without an unfinished line
+    batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
+    left = [batch for batch in batches if any(row["path"] not in scores for row in batch)]
+    pixels = 256 if name == "coco" else origin["pixels"]
+    with ThreadPoolExecutor(THREADS) as pool:  # its threads open images
+        for batch in tqdm(left, f"score {run}: {name}"):
+            images = list(pool.map(lambda row: shared.open_image(os.path.join(run, row["path"]), pixels), batch))
+            found = [row | x for row, x in zip(batch, judge(batch, images)) if row["path"] not in scores]
+            if name == "coco":
+                seen += found
+            else:
+                with open(path + ".jsonl", "a", encoding="utf-8") as file:
+                    file.write(to_lines(found))
     if name == "coco":
-        write_file(path.removesuffix("l"), json.dumps(fid.summary([x for _, x in found], args.data)) + "\n")
-        return
-    done = shared.read_scores(run, name)
-    write_file(path, to_lines(done[row["path"]] for row in rows if row["path"] in done))  # without an unfinished line
-    with open(path, "a", encoding="utf-8") as file:
-        for row, x in found:
-            if row["path"] in left:
-                file.write(to_lines([{key: row[key] for key in shared.OF_THE_LIST if key in row} | x]))
-                file.flush()
-
-
-def judged(run, name, batches, judge):
-    """Yields (row, what the judge found) for each image; threads open the images of a batch."""
-    pixels = 256 if name == "coco" else shared.read_settings(run)["pixels"]
-    with ThreadPoolExecutor(THREADS) as pool:
-        for batch in tqdm(batches, f"score {run}: {name}"):
-            paths = [os.path.join(run, row["path"]) for row in batch]
-            images = list(pool.map(lambda path: shared.open_image(path, pixels), paths))
-            yield from zip(batch, judge(batch, images))
+        write_file(path + ".json", to_lines([fid.summary(seen, args.data)]))
 
 
 # ---- table and grid
@@ -230,8 +212,8 @@ def table(args):
     path = os.path.splitext(args.out)[0] + ".json"
     if not args.out.lower().endswith(".md"):
         raise UserError(f"--out {args.out} must be the name of a file to write that ends in .md.")
-    if not all(is_ours(file) for file in (args.out, path) if os.path.exists(file)):
-        raise UserError(f"{args.out} or {path} exists and is no table of this program: give another --out.")
+    stop_if_not_ours(args.out)
+    stop_if_not_ours(path)
     text, whole = make_table(list(dict.fromkeys(map(os.path.normpath, args.runs))), BENCHMARKS)
     write_file(args.out, text + "\n")
     write_file(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
@@ -244,8 +226,7 @@ def grid(args):
     prompts = [prompt for _, _, prompt in read_prompts(args.prompts) if prompt][:args.rows]
     if not prompts:
         raise UserError(f"{args.prompts} has no prompts in it.")
-    if os.path.exists(args.out) and not is_ours(args.out):
-        raise UserError(f"{args.out} exists and is no picture of this program: give another --out.")
+    stop_if_not_ours(args.out)
     columns, device = [], place()[2]
     for name in args.models[1:]:  # load each once, so that a damaged one fails now and not after an hour
         load_model(name, args, device)
@@ -262,12 +243,10 @@ def grid(args):
 @program
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
-    parsers = []
-    for run in (generate, score, table, grid):
-        parsers.append(commands.add_parser(run.__name__, help=run.__doc__.split(":")[0], allow_abbrev=False))
-        parsers[-1].set_defaults(run=run)
-    make, judge, tell, show = parsers
+    commands = parser.add_subparsers(dest="program", required=True)
+    programs = {run.__name__: run for run in (generate, score, table, grid)}
+    make, judge, tell, show = [commands.add_parser(name, help=run.__doc__.split(":")[0], allow_abbrev=False)
+                               for name, run in programs.items()]
     make.add_argument("--model", required=True, help="a preset, hub id, diffusers folder or folder of a LoRA")
     make.add_argument("--out", required=True, help="the folder of this model's images")
     make.add_argument("--unet", help="a U-Net published alone, in place of the model's: a hub id or folder")
@@ -283,17 +262,17 @@ def main(argv=None):
     show.add_argument("--prompts", required=True, help="a .txt, .jsonl, .csv or .parquet file")
     show.add_argument("--out", default="grid.png", help="(default: %(default)s)")
     show.add_argument("--rows", type=at_least(1), default=4, help="how many prompts, from the first on (default: 4)")
-    for sub, batch_size, seed in ((make, 20, 42), (show, 4, 0)):
+    for sub, size, seed in ((make, 20, 42), (show, 4, 0)):
         sub.add_argument("--steps", type=at_least(1, high=1000), help="of sampling (default by scripts: 25, SANA 20)")
         sub.add_argument("--guidance", type=at_least(0, float, high=100),
                          help="guidance scale (default, from scripts: 7.5, SDXL and SD3 5.0, SANA 4.5; shapes 3)")
-        sub.add_argument("--batch-size", type=at_least(1), default=batch_size,
-                         help="images sampled at once (default: %(default)s, guess)")
+        sub.add_argument("--batch-size", type=at_least(1), default=size, help=f"images at once (guess: {size})")
         sub.add_argument("--seed", type=at_least(0), default=seed, help=f"of image 0 (default {seed}; authors' 42)")
     args = parser.parse_args(argv)
-    if (args.run in (grid, table) or getattr(args, "foreign", False)) and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(f"{args.run.__name__} runs in one process here: start it with python, not with torchrun.")
-    args.run(args)
+    alone = args.program in ("table", "grid") or getattr(args, "foreign", False)
+    if alone and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"{args.program} runs in one process here: start it with python, not with torchrun.")
+    programs[args.program](args)
 
 
 if __name__ == "__main__":

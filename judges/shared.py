@@ -1,8 +1,7 @@
 """What the benchmarks of Sec. 4.2 to 4.4 share: what a run's folder keeps; lists from their official places; networks
 from the hub or from their authors' own checkpoints; CLIP, the overlap of boxes, and means with their interval.
 
-Each benchmark's file (preference.py holds two, and compbench.py has three judges) offers evaluate.py functions of two
-kinds, which BENCHMARKS names there:
+Each benchmark's file offers evaluate.py functions of two kinds, which BENCHMARKS names there:
 
     items(data)           a row for each image in the order of their seeds: its `path` in a run's folder, its `prompt`,
                           the `group` in which scores are averaged first, the prompt's `index` in it, and what else the
@@ -19,50 +18,22 @@ A run's folder has, beside the images,
 
 import json
 import os
-import pickle
 
 import diffusers
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
 
 from lib import models
-from lib.files import UserError, checksum, read_json, same_settings, text_checksum, write_file
+from lib.files import UserError, checksum, difference, read_json, reading, same_settings, text_checksum, write_file
 from lib.images import open_rgb
 
 # ---- a run's folder
 
 FIXED = ("checksum", "steps", "guidance", "seed", "sampler", "precision", "pixels")  # the same for all in a folder
-OF_THE_LIST = ("path", "prompt", "group", "index", "kind", "atom_count", "skills")  # what scores repeat of a list
-VALUES = dict(  # in a judge's row for an image; the first is averaged. A cosine may round to more than 1
-    geneval=dict(correct=bool, lenient=bool, details=str), shapes=dict(correct=bool), blip=dict(value=(0, 1), kind=str),
-    owl=dict(value=(0, 1)), clipscore=dict(value=(-1.01, 1.01)), hps=dict(value=(-101, 101)),
-    hps21=dict(value=(-101, 101)), pick=dict(value=(-101, 101)),
-    geneval2=dict(value=(0, 6.01), probabilities=[(0, 6.01)]))
-
-
-def fits(x, what):
-    """Whether x is of the type `what`, a number between its two ends, or a list of such numbers."""
-    if isinstance(what, list):
-        return type(x) is list and all(fits(y, what[0]) for y in x)
-    return type(x) is what if isinstance(what, type) else type(x) in (int, float) and what[0] <= x <= what[1]
-
-
-def list_checksum(rows):
-    """A checksum of a list of images, or of the scores of these images, in any order."""
-    return text_checksum(json.dumps([[row.get(key) for key in OF_THE_LIST]
-                                     for row in sorted(rows, key=lambda row: row["path"])]))
-
-
-def read_settings(run):
-    path = os.path.join(run, "settings.json")
-    found = read_json(path) if os.path.isfile(path) else {}
-    if not isinstance(found, dict) or not {*FIXED, "base"} <= found.keys() or not isinstance(found.get("lists"), dict):
-        raise UserError(f"cannot read {path}: it does not exist, or evaluate.py generate did not write it. Give a "
-                        "folder that generate made, or --foreign to score images that were made elsewhere.")
-    return found
+VALUES = {"geneval": ("correct", 1), "shapes": ("correct", 1), "coco": ("FID", 1e9)}  # in a row, and how far from 0
+VALUE = ("value", 101)  # in the rows of the other judges; 100 cos may round to more
 
 
 def settings_of(model, args):
@@ -77,80 +48,67 @@ def settings_of(model, args):
                        versions=f"torch {torch.__version__}, diffusers {diffusers.__version__}")
 
 
-def add_lists(run, lists):
-    """Notes in settings.json from which prompts the images of these benchmarks are made: {benchmark: its rows}."""
+def begin(run, lists, fixed, notes=()):
+    """Begins a run's folder, or goes on in it. Notes the checksums of its lists of prompts: {benchmark: rows}. Raises
+    UserError if the folder was begun with other settings or prompts."""
+    path = os.path.join(run, "settings.json")
+    same_settings(path, fixed, notes)
     found = read_settings(run)
     for bench, rows in lists.items():
         if found["lists"].setdefault(bench, list_checksum(rows)) != list_checksum(rows):
             raise UserError(f"{run} has images from other prompts of {bench}: give another folder.")
-    write_file(os.path.join(run, "settings.json"), json.dumps(found, indent=1) + "\n")
+    write_file(path, json.dumps(found, indent=1) + "\n")
 
 
 def adopt(run, lists):
-    """Writes or completes the settings.json of images that were made elsewhere."""
+    """Begins a folder of images that were made elsewhere, or goes on in it."""
+    path, known = os.path.join(run, "settings.json"), dict(model="made elsewhere")
+    if not lists:
+        raise UserError(f"{run} has no folder of a benchmark: --foreign looks for images where generate writes them.")
+    if not os.path.exists(path):
+        write_file(path, json.dumps(dict.fromkeys((*FIXED, "base"), "unknown") | known | dict(lists={})))
+    begin(run, lists, known)
+
+
+def list_checksum(rows):
+    return text_checksum(json.dumps(rows))
+
+
+def read_settings(run):
     path = os.path.join(run, "settings.json")
-    if not os.path.exists(path):
-        write_file(path, json.dumps(dict.fromkeys((*FIXED, "model", "base", "versions"), "unknown") | dict(lists={})))
-    if read_settings(run)["checksum"] != "unknown":
-        raise UserError(f"--foreign: the images in {run} were made by evaluate.py generate. Score them without it.")
-    add_lists(run, lists)
-
-
-def read_scores(run, name):
-    """{path of an image: its row} of a judge's scores, without a last line that a stopped run left unfinished."""
-    path = os.path.join(run, "scores", f"{name}.jsonl")
-    if not os.path.exists(path):
-        return {}
-    with open(path, "rb") as file:
-        lines = file.read().split(b"\n")[:-1]
-    rows = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            for key, what in (dict(path=str, group=str, index=int) | VALUES[name]).items():
-                if not fits(row[key], what):
-                    raise ValueError(f"{key} cannot be {row[key]!r}")
-            rows[row["path"]] = row
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}:{number} cannot be read ({error!r}): delete that line and give the command of "
-                            "score again.") from None
-    return rows
-
-
-def read_coco(run):
-    """What is in scores/coco.json, or {} if there is none."""
-    path = os.path.join(run, "scores", "coco.json")
-    found = read_json(path) if os.path.exists(path) else {}
-    if not isinstance(found, dict) or found and not ({"FID", "IS"} <= found.keys()
-                                                     and all(fits(x, (0, 1e9)) for x in found.values())):
-        raise UserError(f"{path} cannot be read: delete it and give the command of score again.")
+    with reading(path, "give a folder that evaluate.py generate made, or --foreign to score images made elsewhere."):
+        found = read_json(path)
+        if not {*FIXED, "base"} <= found.keys() or not isinstance(found["lists"], dict):
+            raise ValueError("generate did not write it")
     return found
 
 
-def without_score(run, name, rows):
-    """The paths of the images that a judge has not judged. FID and IS are of all images, or of none."""
-    if name == "coco":
-        return set() if read_coco(run) else {row["path"] for row in rows}
-    return {row["path"] for row in rows} - read_scores(run, name).keys()
+def origin_of(settings, bench, judge):
+    """What scores belong to: a run's images, the list of their prompts, and the weights of the judge."""
+    return {key: settings[key] for key in FIXED} | dict(prompts=settings["lists"].get(bench), judge=judge)
 
 
-def note_scores(run, name, bench, rows, judge=None):
-    """Notes to which images a judge's scores belong, those of the `rows` of a list, and which weights the `judge` has.
-    Without `judge` the note must be there. Raises UserError if it says otherwise, or if a row of the scores has another
-    prompt, group or index than the list. Returns the note."""
-    folder, settings = os.path.join(run, "scores", name), read_settings(run)
-    path = os.path.join(folder, "settings.json")
-    try:
-        if not judge and not os.path.exists(path):
-            raise UserError(f"{path} is missing: it says to which images these scores belong.")
-        images = {key: settings[key] for key in FIXED} | dict(prompts=settings["lists"][bench])
-        same_settings(path, images | (dict(list=list_checksum(rows), judge=judge) if judge else {}))
-        found, note = read_scores(run, name) if name in VALUES else {}, read_json(path)
-        if name in VALUES and list_checksum([found.get(row["path"], row) for row in rows]) != note.get("list"):
-            raise UserError(f"{folder}.jsonl was changed: the prompt, group or index of an image is not the list's.")
-    except UserError as error:
-        raise UserError(f"{error} Or delete {folder}*, so that all is judged again.") from None
-    return note
+def read_scores(run, name, origin):
+    """{path of an image: its row} of what a judge has found so far, without a last line that a stopped run left
+    unfinished. FID and IS are one row, that of "all". Raises UserError if the scores are of another origin."""
+    folder, rows = os.path.join(run, "scores", name), {}
+    path, (key, most) = folder + (".json" if name == "coco" else ".jsonl"), VALUES.get(name, VALUE)
+    if not os.path.exists(path):
+        return rows
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        with reading(f"{path}:{number}", "delete that line and give the command of score again."):
+            row = json.loads(line)
+            rows["all" if name == "coco" else row["path"]] = row
+            if not abs(row[key]) <= most:
+                raise ValueError(f"{key} cannot be {row[key]}")
+    note, again = os.path.join(folder, "settings.json"), f"delete {folder}*, so that all is judged again."
+    with reading(note, again):
+        what = difference(read_json(note), origin)
+    if what:
+        raise UserError(f"{folder} was begun with {what}: {again}")
+    return rows
 
 
 def is_there(path):
@@ -160,31 +118,23 @@ def is_there(path):
 
 def open_image(path, size="unknown"):
     """The image of a file in RGB. Raises UserError if it is damaged, or not of size x size pixels."""
-    try:
+    with reading(path, "delete it and give the command of generate again."):
         image = open_rgb(path)
         if size != "unknown" and image.size != (size, size):
             raise ValueError(f"it has {image.width} x {image.height} pixels, not {size} x {size}")
-    except ValueError as error:
-        raise UserError(f"cannot judge {path} ({error}): delete it and give the command of generate again.") from None
     return image
 
 
 # ---- lists and networks
-
-# errors of damaged weights, and of a torchvision of another build
-BROKEN = (OSError, RuntimeError, EOFError, KeyError, TypeError, ImportError, pickle.UnpicklingError, SafetensorError)
 
 
 def fetch(data, name, url):
     """The path of a benchmark's file in the folder `data`. It is fetched from its official place if it is not there."""
     path = os.path.join(data, name)
     if not os.path.exists(path):
-        try:
+        with reading(url, f"fetch it on another machine and put it at {path}."):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(url, path, progress=False)
-        except OSError as error:
-            raise UserError(f"cannot fetch {url} ({error}): fetch it on another machine and put it at {path}."
-                            ) from None
     return path
 
 
@@ -200,10 +150,8 @@ def fetch_lines(data, name, url):
 
 def from_hub(kind, name, device=None, dtype=torch.float32):
     """A pretrained model of transformers on `device`; without a device, a tokenizer or a configuration."""
-    try:
+    with reading(name, "fetch it anew, with a network, or install the packages of requirements-eval.txt."):
         found = getattr(transformers, kind).from_pretrained(name, **dict(dtype=dtype) if device else {})
-    except (*BROKEN, ValueError) as error:
-        raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from None
     return found.to(device).eval().requires_grad_(False) if device else found
 
 
@@ -211,15 +159,11 @@ def from_url(build, config, url, convert, device):
     """The model build(config) of transformers with the weights convert(checkpoint) of its authors' own checkpoint."""
     net, path = build(config), os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     digits = torch.hub.HASH_REGEX.search(os.path.basename(url))  # in some names: the first ones of the file's sha256
-    if digits and os.path.exists(path) and not checksum(path).startswith(digits[1]):  # torch checks downloads only
-        raise UserError(f"{path} is not the file of {url}: its sha256 does not begin with {digits[1]}. Delete it, so "
-                        "that it is fetched again.")
-    try:
+    with reading(url, f"delete {path} if it is there, or fetch the file on another machine and put it there."):
+        if digits and os.path.exists(path) and not checksum(path).startswith(digits[1]):  # torch checks downloads only
+            raise ValueError(f"the sha256 of {path} does not begin with {digits[1]}")
         checkpoint = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
         net.load_state_dict(convert(checkpoint))
-    except BROKEN as error:
-        raise UserError(f"cannot fetch or read {url} ({error}): delete {path} if it is there, or fetch the file on "
-                        "another machine and put it there.") from None
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -303,10 +247,9 @@ def per_prompt(rows, key="value"):
 
 
 def interval(groups):
-    """The mean over groups of their means, with its 95 % interval from resampling each group's prompts.
-
-    `groups` {group: (prompts,)}. Seeds are groups too. For a paired difference give the differences of prompts. A
-    number in their place has no interval."""
+    """The mean over groups of their means, with its 95 % interval from resampling each group's prompts. `groups`
+    {group: (prompts,)}; seeds are groups too. For a paired difference give the differences of prompts. A number in
+    their place has no interval."""
     if not isinstance(groups, dict):
         return dict(mean=groups)
     rng = np.random.default_rng(0)

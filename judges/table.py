@@ -3,14 +3,15 @@
 import os
 
 from judges import compbench, geneval2
-from judges.shared import FIXED, VALUES, interval, note_scores, per_prompt, read_coco, read_scores, read_settings
+from judges.shared import interval, origin_of, per_prompt, read_scores, read_settings
 from lib.files import UserError
 from lib.plots import markdown_table
 
-COLUMNS = {  # and the benchmark of each
-    "GenEval": "geneval", "GenEval, lenient": "geneval", "CB": "compbench", "CB~": "compbench", "FID": "coco",
-    "IS": "coco", "HPSv2": "hps", "HPSv2.1": "hps", "PickScore": "pick", "GenEval 2 AM": "geneval2",
-    "GenEval 2 GM": "geneval2", "shapes": "shapes"}
+COLUMNS = {  # of each: its benchmark and, if it is a plain mean, the judge and the key of what is averaged
+    "GenEval": ("geneval", "geneval", "correct"), "GenEval, lenient": ("geneval", "geneval", "lenient"),
+    "CB": ("compbench",), "CB~": ("compbench",), "FID": ("coco",), "IS": ("coco",), "HPSv2": ("hps", "hps", "value"),
+    "HPSv2.1": ("hps", "hps21", "value"), "PickScore": ("pick", "pick", "value"), "GenEval 2 AM": ("geneval2",),
+    "GenEval 2 GM": ("geneval2",), "shapes": ("shapes", "shapes", "correct")}
 PAPER = [  # source, preset, row, numbers; Tables 1b and 1c give some of the same models other numbers than 1a and 1b
     ("Table 1a", "sd14", "SD-1.4", dict(GenEval=.4245, CB=.3150, FID=13.05, IS=36.76)),
     ("Table 1a", "sd14", "SD-1.4 + D-DPO", dict(GenEval=.4841, CB=.3723, FID=18.02, IS=36.64)),
@@ -50,8 +51,7 @@ PAPER = [  # source, preset, row, numbers; Tables 1b and 1c give some of the sam
 NOTES = {
     "GenEval": "the official rules and detector; not yet run on the published SD-1.5 (expected 0.43).",
     "GenEval, lenient": "the same with the position rule of the paper's authors, to which its numbers belong.",
-    "CB": "complex as the authors run it, without the official `--complex True`; noun phrases by spaCy 3.8, where "
-          "T2I-CompBench used 3.5.",
+    "CB": "complex as the authors run it, without the official `--complex True`; spaCy 3.8 in place of 3.5.",
     "CB~": "with OWLv2 in place of UniDet in spatial~ and complex~: no T2I-CompBench scores. For CB, run the official "
            "UniDet_eval/2D_spatial_eval.py --outpath on compbench/spatial and compbench/complex, and `table` again.",
     "HPSv2": "version 2.0, tensors resized without antialias, as torchvision did before 0.17; in float32.",
@@ -64,53 +64,42 @@ BRACKETS = "In brackets: 95 % intervals from resampling prompts; differences are
 
 def bench_of(metric):
     """The benchmark of a column, or of a part of one such as "GenEval: colors"."""
-    return COLUMNS[metric.split(":")[0].split(",")[0]]
+    return COLUMNS[metric.split(":")[0].split(",")[0]][0]
+
+
+def as_text(metric, x):
+    """A mean and its interval, with as many digits as the paper gives."""
+    digits = 2 if bench_of(metric) in ("coco", "hps", "pick", "geneval2") else 4
+    return f"{x['mean']:.{digits}f}" + (f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" if "low" in x else "")
 
 
 def to_markdown(rows, paper):
     """Two Markdown tables, of the columns and of their parts, and their notes, as a text."""
     metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
     columns = [metric for metric in COLUMNS if metric in metrics or (metric == "CB" and "CB~" in metrics)]
-    rest = [metric for metric in metrics if metric not in columns]
-    notes = [metric for metric in NOTES if metric in columns]
-
-    def head(metric):
-        return metric + (f" ({notes.index(metric) + 1})" if metric in notes else "")
-
-    def text(metric, row):
-        if metric not in row:
-            return ""
-        digits, x = 2 if bench_of(metric) in ("coco", "hps", "pick", "geneval2") else 4, row[metric]
-        return f"{x['mean']:.{digits}f}" + (f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" if "low" in x else "")
-
-    parts = [markdown_table(["", *map(head, columns)], [
-        (name, *[text(metric, row) for metric in columns])
-        for name, row in (rows | paper).items() if row.keys() & set(columns)])]
-    if rest:
-        parts.append(markdown_table(["", *rows], [
-            (metric, *[text(metric, row) for row in rows.values()]) for metric in rest]))
-    parts.append(BRACKETS)
-    return "\n\n".join(parts) + "\n\n" + "\n".join(
-        f"- ({k + 1}) {metric}: {NOTES[metric]}" for k, metric in enumerate(notes))
+    parts = [metric for metric in metrics if metric not in columns]
+    cells = {name: {metric: as_text(metric, x) for metric, x in row.items()} for name, row in (rows | paper).items()}
+    texts = [markdown_table(["", *columns], [(name, *[row.get(metric, "") for metric in columns])
+                                             for name, row in cells.items() if row.keys() & set(columns)])]
+    if parts:
+        texts.append(markdown_table(["", *rows], [(part, *[cells[name].get(part, "") for name in rows])
+                                                  for part in parts]))
+    notes = [f"- {metric}: {NOTES[metric]}" for metric in columns if metric in NOTES]
+    return "\n\n".join([*texts, BRACKETS, "\n".join(notes)])
 
 
-def collect(run, benchmarks):
-    """{metric: {group: (prompts,)}, or a number for FID and IS} of all that has been scored. A metric is the mean over
-    its groups of their means: GenEval's overall score, and the CB of the paper."""
-    scores, found = dict.fromkeys(VALUES, {}), {}
-    for count, _, judges in benchmarks.values():
-        for name, (groups, *_) in judges.items():
-            scores[name] = read_scores(run, name) if name in VALUES else {}
+def collect(run, settings, benchmarks):
+    """{metric: {group: (prompts,)}, or a number for FID and IS} of all that has been scored in a run. A metric is the
+    mean over its groups of their means: GenEval's overall score, and the CB of the paper."""
+    scores, found = {}, {}
+    for bench, (count, _, judges) in benchmarks.items():
+        for name, (groups, _, weights) in judges.items():
+            rows = read_scores(run, name, origin_of(settings, bench, weights))
             whole = count * len(groups) // len(compbench.CATEGORIES) if groups else count
-            if scores[name] and len(scores[name]) != whole:
-                raise UserError(f"{run}/scores/{name}.jsonl has {len(scores[name])} of {whole} images: give the "
-                                "command of score again, or delete that file.")
-    for metric, name, key in (
-            ("GenEval", "geneval", "correct"), ("GenEval, lenient", "geneval", "lenient"),
-            ("shapes", "shapes", "correct"), ("HPSv2", "hps", "value"), ("HPSv2.1", "hps21", "value"),
-            ("PickScore", "pick", "value")):
-        if scores[name]:
-            found[metric] = per_prompt(scores[name].values(), key)
+            scores[name] = rows if "all" in rows or len(rows) == whole else {}
+    for metric, (_, *plain) in COLUMNS.items():
+        if plain and scores[plain[0]]:
+            found[metric] = per_prompt(scores[plain[0]].values(), plain[1])
     official = compbench.official_spatial(run)
     mark = "" if official else "~"
     parts = per_prompt(compbench.combine(scores["blip"], scores["clipscore"], official or scores["owl"]))
@@ -128,56 +117,36 @@ def collect(run, benchmarks):
         named = {"AM": am, "GM": gm} | {f"AM: {skill}": x for skill, x in skills.items()}
         named |= {f"GM: {count} atoms": x for count, x in atoms.items()}
         found |= {f"GenEval 2 {name}": dict(all=x) for name, x in named.items()}
-    return found | read_coco(run)
+    return found | scores["coco"].get("all", {})
 
 
-def compare(run, first, found, settings, judges):
-    """({metric: run less first, prompt by prompt}, remarks on what is not the same in both)."""
-    other = [key for key in FIXED[1:] if settings[run][key] != settings[first][key]]
-    same = {} if "seed" in other else dict(settings[run]["lists"].items() & settings[first]["lists"].items())
-    paired, remarks = {}, []
-    for metric, value in found[run].items():
-        if bench_of(metric) in same and metric in found[first] and not metric.startswith("IS, "):
-            base = found[first][metric]
-            paired[metric] = {k: value[k] - base[k] for k in value} if isinstance(value, dict) else value - base
-    if other:
-        remarks.append(f"{run} differs from {first} in " + ", ".join(
-            f"{key} ({settings[run][key]}, not {settings[first][key]})" for key in other))
-    changed = [name for name, judge in judges[run].items() if judge != judges[first].get(name, judge)]
-    if changed:
-        remarks.append(f"{run} and {first} were judged by other weights of {', '.join(changed)}: see "
-                       "scores/*/settings.json")
-    if not paired:
-        remarks.append(f"{run} and {first} share no benchmark with the same seeds and prompts: no differences.")
-    return paired, remarks
+def compare(found, base, settings, settings_of_base):
+    """{metric: found less base, prompt by prompt}, of the means that two runs have of the same seeds and prompts."""
+    if settings["seed"] != settings_of_base["seed"]:
+        return {}
+    same = dict(settings["lists"].items() & settings_of_base["lists"].items())
+    both = [metric for metric in found if metric in base and bench_of(metric) in same and bench_of(metric) != "coco"]
+    return {metric: {group: x - base[metric][group] for group, x in found[metric].items()} for metric in both}
 
 
 def make_table(runs, benchmarks):
     """(the lines of the table as a text, all that is in it as a dict)."""
-    settings, judges, found, rows, remarks = {}, {}, {}, {}, []
-    for run in runs:
-        settings[run], judges[run] = read_settings(run), {}
-        found[run] = collect(run, benchmarks)
-        for bench in settings[run]["lists"]:
-            for name in benchmarks[bench][2]:
-                scores = list(read_scores(run, name).values()) if name in VALUES else []
-                if scores or name not in VALUES and read_coco(run):
-                    judges[run][name] = note_scores(run, name, bench, scores).get("judge")
-                gone = [row["path"] for row in scores if not os.path.exists(os.path.join(run, row["path"]))]
-                remarks += [f"{run}: {len(gone)} of {len(scores)} images that {name} judged are no longer there, first "
-                            f"{gone[0]}"] if gone else []
-        rows[run] = {metric: interval(value) for metric, value in found[run].items()}
-        rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in found[run] if ":" not in metric}
-        remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
+    settings, rows, remarks = {run: read_settings(run) for run in runs}, {}, []
+    found = {run: collect(run, settings[run], benchmarks) for run in runs}
     if not any(found.values()):
-        raise UserError(f"nothing in {', '.join(runs)} has been scored yet: run evaluate.py score first.")
+        raise UserError(f"no benchmark in {', '.join(runs)} has been scored yet: run evaluate.py score first.")
+    for run in runs:
+        rows[run] = {metric: interval(value) for metric, value in found[run].items()}
+        rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in rows[run] if ":" not in metric}
+        remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
+        remarks.append(f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
+                                              if value is not None and key != "lists"))
     for run in runs[1:]:
-        paired, more = compare(run, runs[0], found, settings, judges)
-        remarks += more
+        paired = compare(found[run], found[runs[0]], settings[run], settings[runs[0]])
         if paired:
             rows[f"{run} − {runs[0]}"] = {metric: interval(value) for metric, value in paired.items()}
-    remarks += [f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
-                                       if value is not None and key != "lists") for run in runs]
+        else:
+            remarks.append(f"{run} and {runs[0]} share no benchmark with the same seeds and prompts: no differences.")
     paper = {f"paper, {source}: {row}": {  # the paper's GenEval is by the lenient rule
         "GenEval, lenient" if metric == "GenEval" else metric: dict(mean=x) for metric, x in values.items()}
         for source, preset, row, values in PAPER if preset in {one["base"] for one in settings.values()}}
@@ -185,19 +154,11 @@ def make_table(runs, benchmarks):
     return text, dict(runs=rows, paper=paper, notes=NOTES, remarks=remarks, settings=settings)
 
 
-def in_a_line(run, name):
-    """What a judge found in a run."""
-    if name == "coco":
-        found = read_coco(run)
-        return f"FID {found['FID']:.2f}, IS {found['IS']:.2f}"
-    key = next(iter(VALUES[name]))
-    found = interval(per_prompt(read_scores(run, name).values(), key))
-    return f"{name} {found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
-
-
-def is_ours(path):
-    """Whether a file is of the kind that `table` or `grid` writes there, and may write anew: a table, or a picture by
+def stop_if_not_ours(path):
+    """Raises UserError if there is a file of another kind than `table` or `grid` writes: a table, or a picture by
     matplotlib."""
     marks = {".md": BRACKETS.encode(), ".json": b'{\n "runs": {', ".png": b"Software\0Matplotlib"}
-    with open(path, "rb") as file:
-        return marks[os.path.splitext(path)[1].lower()] in file.read()
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if marks[os.path.splitext(path)[1].lower()] not in file.read():
+                raise UserError(f"{path} exists and is no table or picture of this program: give another --out.")
