@@ -102,7 +102,8 @@ def main(argv=None):
 
 def begin_store(args, out, rows, model, how):
     """Writes meta.json and pairs.jsonl, or raises UserError if the store was begun with something else."""
-    if not args.from_images:
+    meta, table = os.path.join(out, "meta.json"), os.path.join(out, "pairs.jsonl")
+    if not (args.from_images or os.path.exists(meta)):
         stop_if_bad(args.prompts, [f"{args.prompts}: {name}: c and c_minus are the same in the tokens that the model "
                                    "reads" for name in models.same_tokens(model, rows)])
     settings = dict(scheduler=models.scheduler_checksum(model), weights=models.model_checksum(model),
@@ -111,7 +112,6 @@ def begin_store(args, out, rows, model, how):
     text = to_lines(row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows))
     notes = dict(model=args.model, table=text_checksum(text),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
-    meta, table = os.path.join(out, "meta.json"), os.path.join(out, "pairs.jsonl")
     begun = read_meta(out) if os.path.exists(meta) else notes
     same_settings(meta, settings, notes)
     if begun["table"] != notes["table"]:
@@ -159,7 +159,7 @@ def parse(argv):
     add("--out", help="the pair store (default: pairs/MODEL)")
     add("--from-images", metavar="PATH", help="instead of --prompts: a folder with a metadata.jsonl (c, winner and "
         "loser in each line) or with Pick-a-Pic's .parquet files, or one such file")
-    add("--skip-bad", action="store_true", help="leave out pairs of bad or equal images, or of latents not finite")
+    add("--skip-bad", action="store_true", help="leave out pairs of bad or equal images, or of non-finite latents")
     add("--negatives", choices=["generated", "none"], default="generated", help="none: winners only, at half the cost")
     add("--steps", type=at_least(1, high=1000), help="of sampling (default, from scripts: 25, SANA 20)")
     add("--guidance", type=at_least(0, float, 100), help="default, from scripts: 7.5, SDXL and SD3 5, SANA 4.5")
