@@ -2,7 +2,7 @@
 commands on it, offline: prompts, two pairs, one update, a grid.
 
     python tests/published.py FOLDER            (9 minutes and 18 GB of memory on two CPU cores; 18 GB of disk)
-    python tests/published.py FOLDER --small    (a minute: the same with a network of 2 MB)
+    python tests/published.py FOLDER --small    (half a minute: the same with a network of 2 MB)
 
 It says how long each command took and how much memory it needed. What it cannot show is what the real weights do.
 """
@@ -28,23 +28,22 @@ FLAGS = {"perturb.py": "--limit 2", "build_pairs.py": "--steps 2 --batch-size 2"
 
 
 def stable_diffusion():
-    """The sizes of SD-1.4, and a vocabulary of CLIP's size whose first tokens are single characters."""
-    tokenizer, _ = tiny_models.clip()
-    characters = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])][:-2]
-    words = [*characters, *[f"word{i}</w>" for i in range(49406 - len(characters))], "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer({word: i for i, word in enumerate(words)}, [], pad_token="<|endoftext|>",
-                                           model_max_length=77)
-    text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        bos_token_id=49406, eos_token_id=49407, projection_dim=768))
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    scheduler = diffusers.PNDMScheduler(**tiny_models.SD_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
-    return diffusers.StableDiffusionPipeline(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
-                                             scheduler=scheduler, safety_checker=None, feature_extractor=None,
-                                             requires_safety_checker=False)
+    """tiny_models.sd in the sizes of SD-1.4. The first tokens of its vocabulary are single characters."""
+    small = tiny_models.sd()
+    vocabulary = small.tokenizer.get_vocab()
+    *characters, start, end = sorted(vocabulary, key=vocabulary.get)
+    words = [*characters, *[f"word{i}</w>" for i in range(49406 - len(characters))], start, end]
+    large = dict(
+        tokenizer=transformers.CLIPTokenizer({word: i for i, word in enumerate(words)}, [], pad_token=end,
+                                             model_max_length=77),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            bos_token_id=49406, eos_token_id=49407, projection_dim=768)),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4),
+        unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
+    return diffusers.StableDiffusionPipeline(**small.components | large, requires_safety_checker=False)
 
 
 def lay_out(cache, small):
@@ -54,7 +53,7 @@ def lay_out(cache, small):
     torch.manual_seed(0)
     (tiny_models.sd() if small else stable_diffusion()).save_pretrained(folder)
     tiny_models.as_published(folder)
-    for path in [*folder.glob("*/*.fp16.*"), *folder.glob("*/*.non_ema.*")]:
+    for path in [*folder.glob("*/*.fp16.*"), *folder.glob("*/*.non_ema.*")]:  # which it does not fetch
         path.unlink()
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("a" * 40)
@@ -78,17 +77,16 @@ def main():
     args = parser.parse_args()
     work, cache = args.folder.resolve() / "work", args.folder.resolve() / "cache"
     work.mkdir(parents=True)
-    source = lay_out(cache, args.small)
     (work / "examples").symlink_to(ROOT / "examples")
-    environment = dict(os.environ, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
+    source = lay_out(cache, args.small)
     for said, command in commands():
         since = time.monotonic()
-        subprocess.run(command, cwd=work, env=environment, check=True)
+        subprocess.run(command, cwd=work, env=os.environ | dict(HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1"), check=True)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # of all so far, in GB on Linux
         print(f"== {said}: {time.monotonic() - since:.0f} s, at most {peak:.1f} GB so far", flush=True)
     result, = work.glob("runs/*/pipeline")
-    for path in [path for path in source.glob("*/*") if path.parent.name != "unet"]:
-        if (result / path.relative_to(source)).read_bytes() != path.read_bytes():
+    for path in source.glob("*/*"):
+        if path.parent.name != "unet" and (result / path.relative_to(source)).read_bytes() != path.read_bytes():
             sys.exit(f"{path.relative_to(source)} of the result is not that of the source")
     diffusers.DiffusionPipeline.from_pretrained(result)
     print("the result has the source's own files but for its network, and diffusers loads it")
