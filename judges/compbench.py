@@ -12,6 +12,7 @@ out adjectives. Spatial: the official UniDet script (non-commercial) has no port
 run. Until then OWLv2 finds the objects: spatial~, complex~ and CB~, on another scale.
 """
 
+import glob
 import itertools
 import os
 
@@ -55,7 +56,6 @@ def plainly(prompt):
 
 LOCALITIES = ("on side of", "next to", "near", "on the left of", "on the right of", "on the bottom of", "on the top of",
               "on top of")  # the last has no rule, so it scores 0
-PERSONS = ("girl", "boy", "man", "woman")
 
 
 def compbench_position(locality, a, b):
@@ -71,7 +71,7 @@ def compbench_position(locality, a, b):
 
 def compbench_objects(nouns):
     """The two objects that a prompt's nouns name: the first and the last, people as "person"."""
-    return ["person" if noun in PERSONS else noun for noun in (nouns[:1] + nouns[-1:])]
+    return ["person" if noun in ("girl", "boy", "man", "woman") else noun for noun in nouns[:1] + nouns[-1:]]
 
 
 def compbench_spatial_score(prompt, nouns, objects):
@@ -139,16 +139,13 @@ def blip_from_salesforce(state):
     return rename({name: x for name, x in state.items() if not name.endswith(".position_ids")}, renames)
 
 
-@torch.no_grad()
 def blip_yes(net, image_states, ids):
     """P(yes) / (P(yes) + P(no)) for each image (N, patches, D), of one question's token ids (1, L). The class's own
     forward gives no logits and starts with [CLS] where BLIP has [ENC], so its parts are called one by one. Questions
     are not padded: transformers 5.23 ignores the mask of a padded question in the decoder."""
     ids = ids.repeat(len(image_states), 1)
     ids[:, 0] = 30523  # [ENC]
-    seen = torch.ones(image_states.shape[:2], dtype=torch.long, device=ids.device)
-    question = net.text_encoder(input_ids=ids, attention_mask=torch.ones_like(ids), encoder_hidden_states=image_states,
-                                encoder_attention_mask=seen).last_hidden_state
+    question = net.text_encoder(input_ids=ids, encoder_hidden_states=image_states).last_hidden_state
     start = torch.full((len(ids), 1), 30522, device=ids.device)  # [DEC]
     p = net.text_decoder(input_ids=start, encoder_hidden_states=question).logits[:, 0].softmax(-1)
     return (p[:, 2748] / (p[:, 2748] + p[:, 2053])).tolist()  # yes, no
@@ -160,7 +157,6 @@ def load_blip(device, data):
                    lambda checkpoint: blip_from_salesforce(checkpoint["model"]), device)
     size = (net.config.vision_config.image_size,) * 2
 
-    @torch.no_grad()
     def judge(rows, images):
         found = []
         for prompt, group in itertools.groupby(zip(rows, images), lambda pair: pair[0]["prompt"]):
@@ -182,7 +178,6 @@ def load_owl(device, data):
     net = from_hub("Owlv2ForObjectDetection", OWL, device)
     size = (net.config.vision_config.image_size,) * 2
 
-    @torch.no_grad()
     def judge(row, image):
         nouns, objects = [token.text for token in nlp(row["prompt"]) if token.pos_ == "NOUN"], []
         if names := list(dict.fromkeys(compbench_objects(nouns))):
@@ -200,19 +195,15 @@ def load_owl(device, data):
 
 
 def official_spatial(run):
-    """{path: row} of the official UniDet script's results for spatial and complex, or {} where it has not judged both:
-
-        UniDet_eval/2D_spatial_eval.py --outpath RUN/compbench/spatial      (and RUN/compbench/complex)
-    """
+    """{path: row} of what the official UniDet script has found for spatial and complex, or {} where it has not judged
+    both: UniDet_eval/2D_spatial_eval.py --outpath RUN/compbench/spatial, and --outpath RUN/compbench/complex."""
     found = {}
     for category in ("spatial", "complex"):
-        folder = f"compbench/{category}/samples"
         path = os.path.join(run, f"compbench/{category}/labels/annotation_obj_detection_2d/vqa_result.json")
         if not os.path.exists(path):
             return {}
         with reading(path, "run the official script again."):
-            images = {int(name[-10:-4]): f"{folder}/{name}" for name in os.listdir(os.path.join(run, folder))
-                      if name.endswith(".png")}
+            images = {int(x[-10:-4]): x for x in glob.glob(f"compbench/{category}/samples/*.png", root_dir=run)}
             values = {row["question_id"]: row["answer"] for row in read_json(path) if 0 <= row["answer"] <= 1}
             if values.keys() != images.keys():
                 raise ValueError(f"{len(values)} answers to {len(images)} images are between 0 and 1")

@@ -114,8 +114,8 @@ def instances(class_logits, mask_logits, padded, resized, size, most=100):
     scores = class_logits.softmax(-1)[:, :-1]  # the last class is "no object"
     top, places = scores.flatten().topk(min(most, scores.numel()))
     labels, queries = places % scores.shape[1], places // scores.shape[1]
-    logits = F.interpolate(mask_logits[None], padded, mode="bilinear", align_corners=False)
-    logits = F.interpolate(logits[:, :, :resized[0], :resized[1]], size, mode="bilinear", align_corners=False)[0]
+    logits = F.interpolate(mask_logits[None], padded, mode="bilinear")
+    logits = F.interpolate(logits[:, :, :resized[0], :resized[1]], size, mode="bilinear")[0]
     masks = logits > 0
     inside = masks.flatten(1)
     quality = (logits.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
@@ -125,14 +125,13 @@ def instances(class_logits, mask_logits, padded, resized, size, most=100):
     return labels, torch.cat([boxes[queries], (top * quality[queries])[:, None]], 1), masks[queries]
 
 
-@torch.no_grad()
 def detect(net, image, names, threshold=0.3):
     """{class: [(box with score, mask as a PIL image)]} of the detections above GenEval's threshold, best first."""
     size = image.size[::-1]
     scale = min(LONGEST / max(size), SHORTEST / min(size))
     h, w = resized = [int(side * scale + 0.5) for side in size]
     padded = [-(-side // MULTIPLE) * MULTIPLE for side in resized]
-    x = F.interpolate(unit(image)[None], resized, mode="bilinear", align_corners=False)[0]
+    x = F.interpolate(unit(image)[None], resized, mode="bilinear")[0]
     x = F.pad(normalised(x, COCO_MEAN, COCO_STD), (0, padded[1] - w, 0, padded[0] - h))
     out, found = net(pixel_values=x[None].to(net.device)), {}
     labels, boxes, masks = instances(out.class_queries_logits[0], out.masks_queries_logits[0], padded, resized, size)
@@ -173,11 +172,10 @@ MMDET = [  # a part of mmdet's network, its place in transformers' network, and 
     ("panoptic_head.transformer_decoder.", "model.transformer_module.decoder.", [
         ("self_attn.attn.in_proj_", "self_attn.{}_proj."), ("_attn.attn.", "_attn."), ("post_norm", "layernorm"), *FFN,
         ("norms.0", "cross_attn_layer_norm"), ("norms.1", "self_attn_layer_norm"), ("norms.2", "final_layer_norm")]),
-    ("panoptic_head.cls_embed.", "class_predictor.", []),
-    ("panoptic_head.mask_embed.", "model.transformer_module.decoder.mask_predictor.mask_embedder.", [
-        (f"embedder.{2 * i}.", f"embedder.{i}.0.") for i in range(3)]),
     ("panoptic_head.", "model.transformer_module.", [
-        ("query_embed", "queries_embedder"), ("query_feat", "queries_features")])]
+        ("query_embed", "queries_embedder"), ("query_feat", "queries_features"),
+        ("model.transformer_module.cls_embed", "class_predictor"),
+        *[(f"mask_embed.{2 * i}.", f"decoder.mask_predictor.mask_embedder.{i}.0.") for i in range(3)]])]
 
 
 def mask2former_from_mmdet(state):

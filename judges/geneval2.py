@@ -56,7 +56,6 @@ def geneval2_values(rows):
     return np.array(am), np.array(gm), means, {count: np.array(atoms[count]) for count in sorted(atoms)}
 
 
-@torch.no_grad()
 def first_token(net, tokenizer, seen, questions):
     """P(first token of the answer), (B, vocabulary), of B questions about an image each; it is `seen` as Qwen's image
     processor gives it: (patches, D) and (1, 3)."""

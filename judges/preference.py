@@ -64,17 +64,16 @@ def open_clip_text(prompt):
 
 def clip_from_open_clip(state):
     """The names of open_clip's weights -> those of CLIPModel."""
-    renames = [("visual.", "vision_model."), ("conv1", "embeddings.patch_embedding"), ("ln_pre", "pre_layrnorm"),
+    renames = [("visual.", "vision_model."), ("vision_model.proj", "visual_projection.weight"),
+               ("text_model.text_projection", "text_projection.weight"), ("text_model.logit_scale", "logit_scale"),
                ("token_embedding", "embeddings.token_embedding"), ("class_embedding", "embeddings.class_embedding"),
-               ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_post", "post_layernorm"),
+               ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_pre", "pre_layrnorm"),
+               ("conv1", "embeddings.patch_embedding"), ("ln_post", "post_layernorm"),
                ("ln_final", "final_layer_norm"), ("transformer.resblocks", "encoder.layers"), ("c_fc", "fc1"),
                ("c_proj", "fc2"), ("attn.in_proj_", "self_attn.{}_proj."), ("attn.out_proj", "self_attn.out_proj"),
                ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2")]
-    sides = rename({name if "visual." in name else "text_model." + name: x for name, x in state.items()}, renames)
-    shared = {"logit_scale": sides.pop("text_model.logit_scale"),
-              "text_projection.weight": sides.pop("text_model.text_projection").T,
-              "visual_projection.weight": sides.pop("vision_model.proj").T}
-    return shared | sides
+    found = rename({name if "visual." in name else "text_model." + name: x for name, x in state.items()}, renames)
+    return found | {name: found[name].T for name in ("text_projection.weight", "visual_projection.weight")}
 
 
 def load_hps(device, data, weights=HPS):

@@ -81,8 +81,7 @@ def main(argv=None):
 def draw_lines(values, path):
     """Share against N, energy distance against N and against the number of updates; a row a source of pairs."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 7.5), sharex="col", sharey="col", layout="constrained")
-    after = [f"{updates} updates" for updates in UPDATES]
-    panels = [(COUNTS, COUNTS, 0), (COUNTS, COUNTS, 1), (UPDATES, after, 1)]
+    panels = [(COUNTS, COUNTS, 0), (COUNTS, COUNTS, 1), (UPDATES, [f"{updates} updates" for updates in UPDATES], 1)]
     for (source, text), row in zip({"apart": "samples of a pair drawn apart",
                                     "shared-noise": "samples of a pair from one x_T"}.items(), axes):
         for axis, (xs, changes, score) in zip(row, panels):

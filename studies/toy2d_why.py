@@ -6,12 +6,10 @@ The toy's true score is known. So at every state x_t of every t there is one cor
 right, r = eps_exact - eps_ref, and one that an objective asks for: the way down its loss with respect to the
 prediction, at theta = ref. Up to one factor, a pair asks for target_w - eps_ref at its winner's state and for
 -(target_l - eps_ref) at its loser's. Several pairs lead to one state, and the student sees x_t, t and c only: it can
-learn their mean d there and no more. Over the states that updates see, winners' and losers' together,
+learn their mean d there and no more. The alignment of d with r, over the states of winners and losers that updates see,
+is sum <d, r> / sqrt(sum |d|^2 sum |r|^2). It is 1 in the right direction, 0 across it, and below 0 away from it.
 
-    alignment    sum <d, r> / sqrt(sum |d|^2 sum |r|^2)    1: in the right direction; 0: across it; below 0: away
-
-fig1.png is the paper's Fig. 1 on these numbers: where the reference would send a few states if it predicted
-eps_ref + d, and where eps_exact sends them.
+fig1.png is the paper's Fig. 1 on these numbers: where eps_ref, eps_ref + d and eps_exact send a few states.
 """
 
 import argparse
