@@ -19,6 +19,7 @@ Out: .jsonl, a line a pair: id, c, c_minus, strategy, perturb_seed (and llm).
 
 import argparse
 import collections
+import functools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import random
 
 from tqdm import tqdm
 
-from lib.chat import VAGUE, load_llm, read_answer, words_of
+from lib.chat import VAGUE, load_llm, read_answer, runs_of
 from lib.files import UserError, count, json_lines, read_text, same_settings, text_checksum, to_lines, write_file
 from lib.processes import at_least, barrier, given_flags, is_first, processes, program
 from lib.prompts import is_perturbed, sample_prompts, split_tokens
@@ -82,54 +83,48 @@ def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
     ask(prompts, seed) -> answers, and read(answer, c) -> c_minus, as lib/chat.py has them. Each attempt asks for what
     is still missing, with another seed for each batch. Prompts of like length are asked together: less padding."""
     results, left = {}, sorted(rows, key=lambda row: len(row[1]))
-
-    def result(name, c, answer):
-        try:
-            return dict(id=name, c=c, c_minus=read(answer, c))
-        except ValueError as error:
-            return dict(id=name, c=c, answer=answer, reason=str(error))
-
-    def settled(name):
-        return results[name].get("reason", VAGUE) == VAGUE
-
     for attempt in range(attempts):
+        again = []
         for start in range(0, len(left), batch_size):
-            batch = left[start:start + batch_size]
+            batch, unsettled = left[start:start + batch_size], len(again)
             answers = ask([c for _, c in batch], random.Random(f"{seed} {attempt} {start}").getrandbits(63))
-            results |= {name: result(name, c, answer) for (name, c), answer in zip(batch, answers, strict=True)}
+            for (name, c), answer in zip(batch, answers, strict=True):
+                try:
+                    results[name] = dict(id=name, c=c, c_minus=read(answer, c))
+                except ValueError as error:
+                    results[name] = dict(id=name, c=c, answer=answer, reason=str(error))
+                    if str(error) != VAGUE:
+                        again.append((name, c))
             if not (bar.n or bar.disable):  # a wrong instruction is seen at once
                 tqdm.write(f"for example: {results[batch[0][0]]}")
-            bar.update(sum(settled(name) for name, _ in batch))
-        left = [(name, c) for name, c in left if not settled(name)]
+            bar.update(len(batch) - len(again) + unsettled)
+        left = again
     bar.update(len(left))
     return [results[name] for name, _ in rows]
 
 
-def rewrite_all(args, instruction, strategy, prompts):
+def rewrite_all(args, instruction, how, prompts):
     """Rewrites [(id, c)] with all processes, part by part, in the folder OUT.parts. Returns what `rewrite` makes of
-    them."""
-    folder, told = args.out + ".parts", f" {' '.join(words_of(instruction))} "
+    them; `how` is what each row says of it."""
+    folder, made = args.out + ".parts", {}
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
-
-    def read(answer, c):
-        return read_answer(answer, c, told, args.strategy == "llama-alignment", args.seed)
-
+    read = functools.partial(read_answer, told=runs_of(instruction), alignment=args.strategy == "llama-alignment",
+                             seed=args.seed)
     with processes(folder) as (rank, world, device):
         if rank == 0:
-            same_settings(os.path.join(folder, "settings.json"), dict(
-                strategy=strategy, perturb_seed=args.seed, llm=args.llm, batch_size=args.batch_size,
-                attempts=args.attempts, part=PART,
+            same_settings(os.path.join(folder, "settings.json"), how | dict(
+                batch_size=args.batch_size, attempts=args.attempts, part=PART,
                 prompts=text_checksum(json.dumps([instruction, prompts]))))
         barrier()
         todo = {path: k for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)}
         ask = load_llm(args.llm, instruction, device) if todo else None
         with tqdm(desc="rewrite", total=sum(len(parts[path]) for path in todo), disable=rank > 0) as bar:
             for path, k in todo.items():
-                rows = rewrite(parts[path], ask, read, args.attempts, f"{args.seed} {k}", args.batch_size, bar)
-                write_file(path, to_lines(rows))
+                made[path] = rewrite(parts[path], ask, read, args.attempts, f"{args.seed} {k}", args.batch_size, bar)
+                write_file(path, to_lines(made[path]))
         barrier()
-        return [row for path in parts for _, row in json_lines(path)]
+        return [row for path in parts for row in made.get(path) or dict(json_lines(path)).values()]
 
 
 # ---- the program
@@ -144,11 +139,11 @@ def main(argv=None):
     prompts = sample_prompts(args.prompts, 1 if rewriting else 2, args.limit, args.seed)
     how = dict(strategy=args.strategy, perturb_seed=args.seed)
     if rewriting:
-        instruction, how = INSTRUCTIONS[args.strategy], how | dict(llm=args.llm)
+        instruction, how["llm"] = INSTRUCTIONS[args.strategy], args.llm
         if args.template:
             instruction = read_text(args.template)
             how["strategy"] += f", template {text_checksum(instruction)[:16]}"
-        rows = rewrite_all(args, instruction, how["strategy"], prompts)
+        rows = rewrite_all(args, instruction, how, prompts)
     else:
         rows = [dict(id=name, c=c, c_minus=remove_words(c, args.seed, args.low, args.high)) for name, c in prompts]
     if not is_first():

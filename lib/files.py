@@ -1,6 +1,8 @@
 """Files: whole or not at all, checked where they are read; and errors as sentences."""
 
 import contextlib
+import csv
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ class UserError(ValueError):
 
 
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
-           zipfile.BadZipFile, SafetensorError)  # what reading a damaged file raises
+           zipfile.BadZipFile, csv.Error, SafetensorError)  # what reading a damaged file raises
 
 
 @contextlib.contextmanager
@@ -29,72 +31,58 @@ def reading(what, advice):
     except UserError:
         raise
     except DAMAGED as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
-        reason = lines[0] if lines else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{what} cannot be read ({reason}): {advice}") from None
 
 
 def write_file(path, content):
-    """Writes text or bytes, whole or not at all, and makes the folder if there is none. A link stays a link."""
+    """Writes text, bytes or what content(file) writes: whole or not at all, with its folder. A link stays a link."""
     path = os.path.realpath(path) if os.path.islink(path) else path
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         with open(path + ".partial", "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
         os.replace(path + ".partial", path)
-    except OSError as error:  # of a full disk it does not name the file
+    except (OSError, RuntimeError) as error:  # a full disk's; torch's is a RuntimeError, and neither names the file
         if os.path.isfile(path + ".partial"):
             os.remove(path + ".partial")
-        raise OSError(error.errno, error.strerror, path) from None
+        reason = error.args if isinstance(error, OSError) else (errno.ENOSPC, "the disk may be full")
+        raise OSError(*reason[:2], path) from None
 
 
 def save_state(path, state):
     """torch.save, whole or not at all."""
-    try:
-        torch.save(state, path + ".partial")
-    except RuntimeError as error:  # this is how torch reports a full disk, and it does not name the file
-        os.remove(path + ".partial")
-        raise OSError(f"torch could not write all of {path}: the disk may be full") from error
-    os.replace(path + ".partial", path)
+    write_file(path, lambda file: torch.save(state, file))
 
 
 def replace_folder(made, folder):
     """Moves what lies in the folder `made` to `folder`: whole if that is new, else file by file. Other files stay."""
     if not os.path.exists(folder):
         return os.replace(made, folder)
-    for where, _, names in os.walk(made):
-        place = os.path.join(folder, os.path.relpath(where, made))
-        os.makedirs(place, exist_ok=True)
-        for name in names:
-            os.replace(os.path.join(where, name), os.path.join(place, name))
+    shutil.copytree(made, folder, copy_function=os.replace, dirs_exist_ok=True)
     shutil.rmtree(made)
-
-
-def read_json(path):
-    """The value in a JSON file. Raises UserError where there is none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from None
 
 
 def read_text(path):
     """The text of a file. Raises UserError where there is none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeError:
-        raise UserError(f"{path} is not UTF-8: save the file as UTF-8.") from None
+    with reading(path, "it must be a text file in UTF-8."), open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def read_json(path):
+    """The value in a JSON file. Raises UserError where there is none."""
+    with reading(path, "it must be whole and valid JSON."):
+        return json.loads(read_text(path))
 
 
 def text_lines(path):
-    """Yields (number, line) for each line of a text file. What is not UTF-8 becomes half characters, the zeros of
-    UTF-16 too, and check_rows names them."""
+    """Yields (number, line) for each line of a text file. What is not UTF-8 becomes half characters, which check_rows
+    names."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             yield number, line.strip().replace("\0", "\udc00")
@@ -112,12 +100,11 @@ def json_lines(path):
 
 def read_lines(path):
     """The rows of a .jsonl file, a list of dicts. Raises UserError with the number of a line that is none."""
-    rows = []
-    for number, row in json_lines(path):
+    rows = dict(json_lines(path))
+    for number, row in rows.items():
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: not a JSON object: {str(row)[:80]}")
-        rows.append(row)
-    return rows
+    return list(rows.values())
 
 
 def count(things, noun):
@@ -127,7 +114,8 @@ def count(things, noun):
 
 def to_lines(rows):
     """The text of a .jsonl file."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
+    return "".join(encode(row) + "\n" for row in rows)
 
 
 def checksum(path):

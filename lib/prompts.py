@@ -1,5 +1,6 @@
-"""Prompts as people have them: read from files, checked, chosen, and cut into tokens."""
+"""Prompts as people have them: cut into tokens, chosen, read from files, and checked."""
 
+import csv
 import hashlib
 import heapq
 import os
@@ -7,16 +8,17 @@ import re
 
 from tqdm import tqdm
 
-from lib.files import UserError, count, json_lines, text_lines
+from lib.files import UserError, count, json_lines, reading, text_lines
 from lib.processes import is_first
 
 # Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese are written without spaces.
-UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORDS = re.compile(rf"(?=\w)[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+")  # without signs; such a letter is a word
-LETTERS = re.compile(rf"(?=\w)[{UNSPACED}]\W*|(?:(?![{UNSPACED}])\w)+\W*|\W+")  # the same, with the signs that follow
+UNSPACED = "[\u0e00-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+WORDS = re.compile(rf"(?=\w){UNSPACED}|(?:(?!{UNSPACED})\w)+")  # without signs; such a letter is a word
+LETTERS = re.compile(rf"(?:{WORDS.pattern})\W*|\W+")  # the same, with the signs that follow
 WEIGHT = re.compile(r":\s*[\d.]+\s*[)\]]")  # of A1111's (red car:1.3)
-PIECES = re.compile(rf"(?:[(\[]+[^()\[\]]*{WEIGHT.pattern}+|\S)+")  # such a bracket is one
-COMMAS = re.compile(r",(?:\s*,)+")  # between them are empty tags
+PIECES = re.compile(rf"(?:[(\[]+[^()\[\]]*{WEIGHT.pattern}+|\S)+")  # words, but such a bracket is one
+UNTIDY = re.compile(r",(?! [^\s,])")
+EMPTY = re.compile(r",(?:\s*,)+")  # tags of nothing
 GLUED = re.compile(r",(?:(?<=[^\s,],)(?=[^\W\d]|[(\[])|(?<=[^\s,\d],)(?=\d))")  # between two tags, and not in 1,000
 
 
@@ -24,84 +26,26 @@ def split_tokens(c):
     """A prompt -> its tokens, and a function that joins some of them. A token is a word. In tags as 1girl,solo it ends
     at the comma too, and empty tags are dropped; a weighted bracket is one token; and where a prompt has no spaces and
     its script is written so, each letter is a token."""
-    words = c.split()
-    if len(words) == 1 and not c.isascii() and re.search(f"[{UNSPACED}]", c):
-        return LETTERS.findall(COMMAS.sub(",", words[0]).lstrip(",")), lambda some: "".join(some).rstrip(",，、")
-    tags = c
-    if c.count(",") > c.count(", ") + c.endswith(",") or ", ," in c.replace("  ", " ") or c.startswith(","):
-        tags = GLUED.sub(", ", COMMAS.sub(",", c).lstrip(", "))
+    words, tags = c.split(), c
+    if len(words) == 1 and re.search(UNSPACED, c):
+        return LETTERS.findall(EMPTY.sub(",", words[0]).lstrip(",")), lambda some: "".join(some).rstrip(",，、")
+    if "," in c and (UNTIDY.search(c) or c[0] == ","):
+        tags = GLUED.sub(", ", EMPTY.sub(",", c).lstrip(", "))
     if tags != c:
         return PIECES.findall(tags), lambda some: " ".join(some).rstrip(",")
     return PIECES.findall(c) if ":" in c and WEIGHT.search(c) else words, " ".join
 
 
-def read_prompts(source):
-    """Yields (number, id, prompt) for each line of a text file, each row of a .jsonl file with `prompt` or `c`, or each
-    row of a .csv or .parquet file with `prompt`; "diffusiondb" is the paper's data set. An empty line is an empty
-    prompt. Raises UserError where there is no such file, and at the end if some rows were bad."""
-    if source == "diffusiondb" and not os.path.exists(source):
-        source = fetch_diffusiondb()
-    if not os.path.isfile(source):
-        raise UserError(f"{source} is a folder or a pipe, and no file." if os.path.exists(source) else
-                        f"there is no file {source}.")
-    kind = os.path.splitext(source)[1].lower()
-    if kind == ".jsonl":
-        rows = ((number, {"prompt": row["c"]} | row if isinstance(row, dict) and "c" in row else row)
-                for number, row in json_lines(source))
-    elif kind == ".parquet":
-        rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
-    elif kind == ".csv":
-        rows = enumerate(csv_rows(source), 2)  # its first line is the head
-    elif kind in (".txt", ""):
-        rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
-    else:
-        raise UserError(f"{source}: the prompts must be a .txt, .jsonl, .csv or .parquet file.")
-    return check_rows(source, rows, ["prompt"])
-
-
-def fetch_diffusiondb():
-    """The path of DiffusionDB's table of prompts, fetched from the hub or from its cache."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download("poloclub/diffusiondb", "metadata.parquet", repo_type="dataset")
-    except (OSError, ValueError) as error:
-        raise UserError("metadata.parquet of the dataset poloclub/diffusiondb cannot be fetched: "
-                        f"{str(error).strip().splitlines()[0]} Fetch it from https://huggingface.co/datasets/poloclub/"
-                        "diffusiondb/tree/main and give its path instead of diffusiondb.") from None
-
-
 def sample_prompts(source, fewest, limit, seed):
-    """[(id, prompt)]: the different prompts of a source that have at least `fewest` words, or `limit` of them. Says
-    which are left out. Raises UserError if none is left."""
-    rows = tqdm(read_prompts(source), "read", disable=not is_first())
-    prompts, different, short, repeated = choose_prompts(rows, fewest, limit, seed)
-    words = "one word" if fewest == 1 else "two words"
-    if not prompts:
-        raise UserError(f"{source} has no prompt of {words} or more; nothing was written.")
-    for numbers, noun, more in ((short, "prompt", f" of fewer than {words}"), (repeated, "duplicate prompt", "")):
-        if numbers and is_first():
-            print(f"left out {count(numbers, noun)}{more}, in lines {', '.join(map(str, numbers[:10]))}"
-                  + ", ..." * (len(numbers) > 10))
-    weighted = sum(1 for _, c in prompts if ":" in c and WEIGHT.search(c))
-    if weighted and is_first():
-        print(f"{weighted} of the prompts have weights like (red car:1.3): diffusers reads their signs as text")
-    if limit and is_first():
-        print(f"took {len(prompts)} of {different} different prompts")
-    return prompts
-
-
-def choose_prompts(prompts, fewest, limit, seed):
-    """(number, id, prompt), ... -> [(id, prompt)], how many different prompts there are, and the numbers of those that
-    are left out: of fewer than `fewest` words, and repeated.
+    """[(id, prompt)]: the different prompts of a source that have at least `fewest` words. Says which are left out, and
+    raises UserError if none is left.
 
     With a limit it takes the prompts whose sha256 of (seed, prompt) is smallest: the same ones on any machine and in
-    any order. Only these and a hash of every prompt are in memory.
-    """
+    any order. Only these and a hash of every prompt are in memory."""
     seen, short, repeated = set(), [], []
 
     def different():
-        for number, name, c in prompts:
+        for number, name, c in tqdm(read_prompts(source), "read", disable=not is_first()):
             tokens, _ = split_tokens(c)
             key = hashlib.sha256(f"{seed} {' '.join(tokens)}".encode()).digest()  # spacing makes no difference
             if len(tokens) < fewest:
@@ -112,16 +56,55 @@ def choose_prompts(prompts, fewest, limit, seed):
                 seen.add(key)
                 yield key, number, name, c
 
-    chosen = different() if limit is None else heapq.nsmallest(limit, different())
-    return [(name, c) for _, _, name, c in sorted(chosen, key=lambda row: row[1])], len(seen), short, repeated
+    rows = different() if limit is None else heapq.nsmallest(limit, different())
+    prompts = [(name, c) for _, _, name, c in sorted(rows, key=lambda row: row[1])]
+    words = "one word" if fewest == 1 else "two words"
+    if not prompts:
+        raise UserError(f"{source} has no prompt of {words} or more; nothing was written.")
+    if not is_first():
+        return prompts
+    for numbers, noun, more in ((short, "prompt", f" of fewer than {words}"), (repeated, "duplicate prompt", "")):
+        if numbers:
+            some = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
+            print(f"left out {count(numbers, noun)}{more}, in lines {some}")
+    if weighted := sum(1 for _, c in prompts if ":" in c and WEIGHT.search(c)):
+        print(f"{weighted} of the prompts have weights like (red car:1.3): diffusers reads their signs as text")
+    if limit:
+        print(f"took {len(prompts)} of {len(seen)} different prompts")
+    return prompts
 
 
-def is_perturbed(path):
-    """Whether each line of a file is as perturb.py writes it, which may then write it anew. Those of a pair store have
-    more in them."""
-    always = {"id", "c", "strategy", "perturb_seed"}
-    return all(isinstance(row, dict) and always <= row.keys() <= always | {"c_minus", "answer", "reason", "llm"}
-               for _, row in json_lines(path))
+# ---- files
+
+
+def read_prompts(source):
+    """Yields (number, id, prompt) for each line of a text file, each row of a .jsonl file with `prompt` or `c`, or each
+    row of a .csv or .parquet file with `prompt`; "diffusiondb" is the paper's data set. An empty line is an empty
+    prompt. Raises UserError where there is no such file, and at the end if some rows were bad."""
+    if source == "diffusiondb" and not os.path.exists(source):
+        from huggingface_hub import hf_hub_download
+
+        with reading("metadata.parquet of the dataset poloclub/diffusiondb", "fetch it from https://huggingface.co/"
+                     "datasets/poloclub/diffusiondb/tree/main and give its path instead of diffusiondb."):
+            source = hf_hub_download("poloclub/diffusiondb", "metadata.parquet", repo_type="dataset")
+    if not os.path.isfile(source):
+        raise UserError(f"{source} is a folder or a pipe, and no file." if os.path.exists(source) else
+                        f"there is no file {source}.")
+    kind = os.path.splitext(source)[1].lower()
+    if kind == ".jsonl":
+        rows = ((number, {"prompt": row["c"]} | row if isinstance(row, dict) and "c" in row else row)
+                for number, row in json_lines(source))
+    elif kind == ".parquet":
+        rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
+    elif kind == ".csv":
+        lines = (line + "\n" for _, line in text_lines(source))
+        with reading(source, "write it as a .csv file with commas, and texts with commas in quotes."):
+            rows = list(enumerate(csv.DictReader(lines, restkey="prompt", strict=True), 2))  # line 1 is the head
+    elif kind in (".txt", ""):
+        rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
+    else:
+        raise UserError(f"{source}: the prompts must be a .txt, .jsonl, .csv or .parquet file.")
+    return check_rows(source, rows, ["prompt"])
 
 
 def read_perturbed(path, seed):
@@ -130,59 +113,39 @@ def read_perturbed(path, seed):
     if not os.path.isfile(path) or not path.endswith(".jsonl"):
         raise UserError(f"--prompts {path}: there is no such .jsonl file. Make it with  python perturb.py prompts.txt "
                         "perturbed.jsonl")
-    lines = dict(json_lines(path))  # {number: row}
-    found = list(check_rows(path, lines.items(), ["c", "c_minus"]))
-    stop_if_bad(path, [f"{path}:{number}: c is empty, or c_minus is the same as c: they make no preference"
-                       for number, _, c, c_minus in found if not c or c == c_minus])
-    rows = []
-    for i, (number, name, c, c_minus) in enumerate(found):
+    lines, rows, bad = dict(json_lines(path)), [], []  # {number: row}
+    for number, name, c, c_minus in check_rows(path, lines.items(), ["c", "c_minus"]):
+        if not c or c == c_minus:
+            bad.append(f"{path}:{number}: c is empty, or c_minus is the same as c: they make no preference")
         how = {key: lines[number][key] for key in ("strategy", "perturb_seed", "llm") if key in lines[number]}
-        rows.append(dict(id=name, c=c, c_minus=c_minus, noise_seed=seed + i, **how))
+        rows.append(dict(id=name, c=c, c_minus=c_minus, noise_seed=seed + len(rows), **how))
+    stop_if_bad(path, bad)
     return rows
 
 
-# ---- rows of files
-
-NUL = "\udc00"  # what lib/files.py reads in its place
+def is_perturbed(path):
+    """Whether each line of a file is as perturb.py writes it, which may then write it anew; a pair store's has more."""
+    always = {"id", "c", "strategy", "perturb_seed"}
+    return all(isinstance(row, dict) and always <= row.keys() <= always | {"c_minus", "answer", "reason", "llm"}
+               for _, row in json_lines(path))
 
 
 def parquet_rows(path, columns, optional=(), group=None):
     """Yields (row group, number in it, {column: cell}) for each row of a .parquet file or of one row group; an empty
-    cell is an empty text. Raises UserError if the file cannot be read or lacks one of the `columns`."""
+    cell is an empty text. Raises UserError if the file cannot be read or has not each of the `columns` once."""
     import pyarrow.parquet  # here, because few runs need it
 
-    try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # no whole column at once
-            names = file.schema_arrow.names
-            one_column(path, names, *columns)
-            wanted = [*columns, *[name for name in optional if name in names]]
-            for g in range(file.num_row_groups) if group is None else [group]:
-                batches = file.iter_batches(4096, [g], wanted)
-                for k, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                    yield g, k, {name: "" if cell is None else cell for name, cell in row.items()}
-    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
-        raise UserError(f"{path} cannot be read as a .parquet file: {str(error).splitlines()[0]}") from None
-
-
-def one_column(path, found, *wanted):
-    """Raises UserError if a table has not each wanted column once."""
-    for name in wanted:
-        if found.count(name) != 1:
-            raise UserError(f"{path} must have one column {name}; it has {', '.join(found)}.")
-
-
-def csv_rows(path):
-    """The rows of a .csv file with a column `prompt` and, if wished, an `id`. Raises UserError if it cannot be read."""
-    import pyarrow.csv
-
-    texts = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(("prompt", "id"), pyarrow.string()))
-    try:
-        table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-                                     convert_options=texts)
-        one_column(path, table.column_names, "prompt")
-        return table.select([name for name in table.column_names if name in ("prompt", "id")]).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as a .csv file: {str(error).splitlines()[0]}") from None
+    with reading(path, "it must be a whole .parquet file."):
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)  # no whole column at once
+        names = file.schema_arrow.names
+        for name in columns:
+            if names.count(name) != 1:
+                raise UserError(f"{path} must have one column {name}; it has {', '.join(names)}.")
+        wanted = [*columns, *[name for name in optional if name in names]]
+        for g in range(file.num_row_groups) if group is None else [group]:
+            batches = file.iter_batches(4096, [g], wanted)
+            for k, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                yield g, k, {name: "" if cell is None else cell for name, cell in row.items()}
 
 
 def check_rows(path, rows, fields):
@@ -191,24 +154,21 @@ def check_rows(path, rows, fields):
     first_seen, bad = {}, []
     for number, row in rows:
         try:
-            if isinstance(row, str):  # a line that is no JSON
-                row.encode()
             texts, name = [row[field].strip() for field in fields], row.get("id")
-            if type(name) not in (str, int, type(None)):
-                bad.append(f"{path}:{number}: its id is neither a text nor a number: {str(name)[:80]}")
-                continue
-            name = f"{number:06d}" if name is None else str(name)
-            "".join(texts + [name]).replace("\0", NUL).encode()
-        except UnicodeError as error:
-            what = "it holds a NUL: it is no text, or UTF-16" if NUL in error.object else "not UTF-8"
-            bad.append(f"{path}:{number}: {what}: save the file as UTF-8")
+            name = f"{number:06d}" if name is None else name
+            said = f"{name} {' '.join(texts)}"
         except (KeyError, TypeError, AttributeError):
-            bad.append(f"{path}:{number}: not a row with texts {', '.join(fields)}: "
-                       + str(row)[:80].encode(errors="replace").decode())
+            texts, said = None, str(row)
+        if "\0" in said or not said.isascii() and re.search("[\ud800-\udfff]", said):  # bytes that are not UTF-8
+            bad.append(f"{path}:{number}: it holds a NUL, or is in another encoding than UTF-8: save the file as UTF-8")
+        elif texts is None:
+            bad.append(f"{path}:{number}: not a row with texts {', '.join(fields)}: {said[:80]}")
+        elif type(name) not in (str, int):
+            bad.append(f"{path}:{number}: its id is neither a text nor a number: {str(name)[:80]}")
+        elif first_seen.setdefault(str(name), number) != number:
+            bad.append(f"{path}:{number}: the id {name} is already that of line {first_seen[str(name)]}")
         else:
-            if first_seen.setdefault(name, number) != number:
-                bad.append(f"{path}:{number}: the id {name} is already that of line {first_seen[name]}")
-            yield number, name, *texts
+            yield number, str(name), *texts
     stop_if_bad(path, bad)
 
 

@@ -101,14 +101,14 @@ def test_a_full_disk_leaves_the_state_that_was_there_and_no_half_of_another(tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        with pytest.raises(OSError, match="state.pt: the disk may be full"):
+        with pytest.raises(OSError, match="the disk may be full: '.*state.pt'"):
             save_state(path, dict(update=2))
     assert torch.load(path) == dict(update=1) and os.listdir(tmp_path) == ["state.pt"]
 
 
 def test_bad_json_is_named_by_file_and_line(tmp_path):
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(UserError, match="a.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"a.json cannot be read \(Expecting .*\): it must be whole and valid JSON"):
         read_json(str(tmp_path / "a.json"))
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[2]\n')
     with pytest.raises(UserError, match=r"a.jsonl:3: not a JSON object: \[2\]"):

@@ -66,7 +66,7 @@ def test_blip_is_asked_with_enc_and_without_padding():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "is not valid JSON"), ("5", "not iterable"), ("[1]", "not subscriptable"), ('[{"question_id": 0}]', "'answer'"),
+    ("{", "cannot be read"), ("5", "not iterable"), ("[1]", "not subscriptable"), ('[{"question_id": 0}]', "'answer'"),
     ('[{"question_id": 0, "answer": "x"}]', "not supported"), ('[{"question_id": 0, "answer": NaN}]', "0 answers to 1 images are between 0 and 1"),
     ('[{"question_id": 0, "answer": 3}]', "0 answers to 1 images are between 0 and 1"), ('[{"question_id": 1, "answer": 1}]', "run the official script again")])
 def test_official_results_of_another_kind_end_in_a_sentence(text, message, tmp_path):

@@ -24,10 +24,11 @@ import transformers
 from tqdm import tqdm
 
 import perturb
-from lib.chat import VAGUE, load_llm, read_answer, words_of
+from lib import prompts as lib_prompts
+from lib.chat import VAGUE, load_llm, read_answer, runs_of
 from lib.files import UserError
 from lib.processes import holding
-from lib.prompts import choose_prompts, read_prompts, split_tokens
+from lib.prompts import read_prompts, sample_prompts, split_tokens
 from perturb import remove_words
 
 
@@ -165,7 +166,7 @@ def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
     (["none.txt", "out.jsonl"], "no file none.txt"), ([".", "out.jsonl"], "^. is a folder or a pipe, and no file.$"), (["pipe", "out.jsonl"], "^pipe is a folder or a pipe"),
     (["p.txt", "p.txt"], "^p.txt is there already, and perturb.py did not write it: give another name.$"),
     *[([name, "out.jsonl"], f"{name}: the prompts must be a .txt, .jsonl, .csv or .parquet file.") for name in ("p.json", "p.tsv")],
-    *[([name, "out.jsonl"], f"{name} must have one column prompt; it has a prompt of words") for name in ("p.csv", "p.CSV")],
+    *[([name, "out.jsonl"], f"^{name}:2: not a row with texts prompt: {{'a prompt of words': 'more words'}}\n1 bad line") for name in ("p.csv", "p.CSV")],
     (["p.JSONL", "out.jsonl"], "p.JSONL:1: not a row with texts prompt: a prompt of words"), (["p.txt", "out.txt"], "out.txt: the name must end in .jsonl"),
     (["p.txt", "out.jsonl", "--low", "0.8"], "--low and --high"), (["p.txt", "out.jsonl", "--high", "1"], "--low and --high"),
     *[(["p.txt", out], f"{out} is there already, and perturb.py did not write it") for out in (".", "/dev/null", "dangling", "mine.jsonl", "pairs.jsonl")],
@@ -176,7 +177,7 @@ def test_all_bad_lines_are_named_and_nothing_is_written(tmp_path):
 def test_mistakes_end_in_one_sentence(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("p.txt", "p.csv", "p.JSONL", "p.json", "p.tsv", "p.CSV"):
-        (tmp_path / name).write_text("a prompt of words\n")
+        (tmp_path / name).write_text("a prompt of words\n" + "more words\n" * name.lower().endswith("csv"))
     (tmp_path / "short.txt").write_text("word\n")
     row = dict(id="1", c="a b", c_minus="a", strategy="random-removal", perturb_seed=0)  # as ours; that of a store has more
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row | dict(noise_seed=0, shard=0, row=0)))
@@ -264,14 +265,16 @@ def write(path, content):
     ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), "p.parquet must have one column prompt; it has n, text"),
     ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table([["a b"], ["c d"]], ["prompt", "prompt"]), p), "p.parquet must have one column prompt; it has prompt, prompt"),
     ("p.jsonl", lambda p: write(p, b'{"prompt": "a b", "id": [1]}\n{"prompt": "a b", "id": 2.5}'), r"^p.jsonl:1: its id is neither a text nor a number: \[1\]\np.jsonl:2: its id is"),
-    ("p.txt", lambda p: write(p, b"two cups\na red\0 fox\n"), "^p.txt:2: it holds a NUL: it is no text, or UTF-16: save the file as UTF-8\n1 bad line"),
+    ("p.txt", lambda p: write(p, b"two cups\na red\0 fox\n"), "^p.txt:2: it holds a NUL, or is in another encoding than UTF-8: save the file as UTF-8\n1 bad line"),
     ("p.jsonl", lambda p: write(p, b'{"prompt": "a red\\u0000 fox"}'), "^p.jsonl:1: it holds a NUL"),
-    ("p.csv", lambda p: write(p, "prompt\nein Bär\n".encode("latin-1")), "^p.csv cannot be read as a .csv file: "),
-    *[(name, lambda p, text=text: write(p, text), rf"^{name}:1: (not UTF-8|it holds a NUL: it is no text, or UTF-16): save the file as UTF-8\n(.|\n)*2 bad lines in {name} to be") for name, text in (
+    ("p.csv", lambda p: write(p, "prompt\nein Bär\n".encode("latin-1")), "^p.csv:2: it holds a NUL, or is in another encoding than UTF-8"),
+    ("p.csv", lambda p: write(p, b"id,prompt\n1,a fox, red\n2,a cup\n3\n"), r"^p.csv:2: not a row with texts prompt: .*\np.csv:4: not a row with texts prompt: .*\n2 bad lines"),
+    ("p.csv", lambda p: write(p, b'prompt\n"a fox\na cup\n'), r"^p.csv cannot be read \(unexpected end of data\): write it as a .csv file with commas"),
+    *[(name, lambda p, text=text: write(p, text), rf"^{name}:1: it holds a NUL, or is in another encoding than UTF-8: save the file as UTF-8\n(.|\n)*2 bad lines in {name} to be") for name, text in (
         ("p.txt", "a red fox\ntwo cups".encode("utf-16")), ("p.txt", "a red fox\ntwo cups".encode("utf-16-le")),
         ("p.jsonl", '{"prompt": "a fox"}\n{"prompt": "a cup"}'.encode("utf-16")), ("p.txt", "ein Bär\nöl\n".encode("latin-1")))],
-    ("p.parquet", lambda p: write(p, b"not a table"), "p.parquet cannot be read as a .parquet file: "),
-    ("p.parquet", lambda p: (write_table(p, words(5000).split()), os.truncate(p, 3000)), "p.parquet cannot be read as a .parquet file: "),
+    ("p.parquet", lambda p: write(p, b"not a table"), r"^p.parquet cannot be read \(.*\): it must be a whole .parquet file.$"),
+    ("p.parquet", lambda p: (write_table(p, words(5000).split()), os.truncate(p, 3000)), r"^p.parquet cannot be read \(.*\): it must be a whole .parquet file.$"),
 ])
 def test_bad_tables_are_named_by_file_and_row(name, make, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -284,8 +287,8 @@ def test_bad_tables_are_named_by_file_and_row(name, make, message, tmp_path, mon
 def test_without_network_it_says_which_file_to_fetch_and_how_to_give_it(tmp_path):
     with pytest.raises(SystemExit) as stop:
         perturb.main(["diffusiondb", str(tmp_path / "out.jsonl")])
-    assert "metadata.parquet of the dataset poloclub/diffusiondb cannot be fetched" in stop.value.code and "\n" not in stop.value.code
-    assert "https://huggingface.co/datasets/poloclub/diffusiondb/tree/main and give its path instead of diffusiondb" in stop.value.code
+    assert "metadata.parquet of the dataset poloclub/diffusiondb cannot be read (" in stop.value.code and "\n" not in stop.value.code
+    assert "https://huggingface.co/datasets/poloclub/diffusiondb/tree/main and give its path instead of diffusiondb." in stop.value.code
 
 
 def test_a_sample_is_those_of_smallest_hash_whatever_else_stands_in_the_file_and_in_any_order(tmp_path):
@@ -328,14 +331,14 @@ def test_the_numbers_of_different_and_of_taken_prompts_are_reported(tmp_path, ca
     assert "took 7 of 30 different prompts\n" in said and "7 pairs of prompts" in said
 
 
-def test_a_sample_does_not_hold_all_prompts_in_memory():
-    def prompts():
+def test_a_sample_does_not_hold_all_prompts_in_memory(monkeypatch, capsys):
+    def prompts(source):
         for i in range(30_000):
             yield i, str(i), f"{i} " + "x" * 10_000  # 300 MB in all
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    chosen, different, *_ = choose_prompts(prompts(), 2, 100, 0)
-    assert len(chosen) == 100 and different == 30_000
+    monkeypatch.setattr(lib_prompts, "read_prompts", prompts)
+    assert len(sample_prompts("p.txt", 2, 100, 0)) == 100 and "took 100 of 30000 different prompts\n" in capsys.readouterr().out
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
 
 
@@ -361,7 +364,7 @@ def test_a_sample_does_not_hold_all_prompts_in_memory():
     ('{"prompt": "a red fox, a red dog, a car"}', "longer than twice c"), ('{"prompt": "an animal"}', "no content word of c"),
 ])
 def test_an_answer_is_the_first_json_object_with_a_prompt_that_says_less_of_c(answer, c_minus):
-    told = f" {' '.join(words_of('Write a worse one. Leave out the colours of its fox.'))} "
+    told = runs_of("Write a worse one. Leave out the colours of its fox.")
     try:
         assert read_answer(answer, "a red Fox", told, alignment=True) == c_minus
     except ValueError as error:
@@ -369,8 +372,7 @@ def test_an_answer_is_the_first_json_object_with_a_prompt_that_says_less_of_c(an
 
 
 def test_words_that_the_instruction_shares_with_c_are_no_repetition_and_a_long_run_of_its_words_is():
-    instruction = " ".join(words_of(perturb.INSTRUCTIONS["llama-alignment"]))
-    told, c = f" {instruction} ", "the same scene, an image of a prompt on a screen with many colours and other things to see, of which there are two"
+    told, c = runs_of(perturb.INSTRUCTIONS["llama-alignment"]), "the same scene, an image of a prompt on a screen with many colours and other things to see, of which there are two"
     assert read_answer('{"prompt": "the same scene"}', c, told, True) == "the same scene"
     assert read_answer('{"prompt": "an image"}', c, told, True) == "an image"
     with pytest.raises(ValueError, match="instruction"):
@@ -655,8 +657,8 @@ def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
     (["--low", "0.4", "--strategy", "llama-aesthetic"], "--low does not"), (["--limit", "0"], "--limit: must be 1 or more"),
     (["--strategy", "llama-aesthetic", "--attempts", "0"], "--attempts: must be 1 or more"),
     (["--strategy", "llama-aesthetic", "--batch-size", "0"], "--batch-size: must be 1 or more"),
-    (["--strategy", "llama-aesthetic", "--llm", "none"], "--llm none is no folder or hub id"),
-    (["--strategy", "llama-aesthetic", "--llm", "."], "--llm . is no folder or hub id"),
+    (["--strategy", "llama-aesthetic", "--llm", "none"], "--llm none cannot be read ("),
+    (["--strategy", "llama-aesthetic", "--llm", "."], "--llm . cannot be read ("),
 ])
 def test_flags_that_cannot_apply_are_named(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -772,7 +774,7 @@ def test_rows_say_which_template_was_used_and_the_models_empty_lists_are_left_ou
     with pytest.raises(SystemExit, match="begun with strategy llama-alignment, template .*, not llama-alignment, template"):
         perturb.main(command)
     os.remove("template.txt")
-    with pytest.raises(SystemExit, match="^template.txt cannot be read: No such file or directory.$"):
+    with pytest.raises(SystemExit, match=r"^template.txt cannot be read \(.*No such file or directory.*\): it must be a text file in UTF-8.$"):
         perturb.main(command)
     with pytest.raises(SystemExit, match="--template does not go with --strategy random-removal"):
         perturb.main(["p.txt", "new.jsonl", "--template", "template.txt"])
@@ -787,7 +789,7 @@ def test_no_code_and_no_pickle_of_a_chat_model_is_run(tmp_path, monkeypatch):
     open("llama/evil.py", "w").write(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n")
     load_llm("llama", "", torch.device("cpu"))
     os.rename("llama/model.safetensors", "llama/pytorch_model.bin")
-    with pytest.raises(UserError, match="--llm llama is no folder or hub id .*safetensors only"):
+    with pytest.raises(UserError, match=r"--llm llama cannot be read \(.*safetensors.*\): it must be a chat model's folder or hub id, with safetensors"):
         load_llm("llama", "", torch.device("cpu"))
     assert not os.path.exists("executed")
 
