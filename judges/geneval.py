@@ -34,13 +34,9 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 
 def items(data):
     """Four images a prompt, in the folders that the official scorer reads. A group is a tag."""
-    found, prompts = [], {}  # prompts: of each tag so far
     lines = fetch_lines(data, "geneval/evaluation_metadata.jsonl", f"{REPOSITORY}/prompts/evaluation_metadata.jsonl")
-    for i, row in enumerate(map(json.loads, lines)):
-        index = prompts[row["tag"]] = prompts.get(row["tag"], -1) + 1
-        found += [dict(path=f"geneval/{i:05d}/samples/{k:05d}.png", prompt=row["prompt"], group=row["tag"],
-                       index=index, metadata=row) for k in range(4)]
-    return found
+    return [dict(path=f"geneval/{i:05d}/samples/{k:05d}.png", prompt=row["prompt"], group=row["tag"], index=i,
+                 metadata=row) for i, row in enumerate(map(json.loads, lines)) for k in range(4)]
 
 
 # ---- the rules

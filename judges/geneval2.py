@@ -42,18 +42,14 @@ def geneval2_values(rows):
     """What the scores are means of, in percent: AM, GM, {skill: AM} and {atom_count: GM}, each (prompts,), of rows with
     `probabilities` and `skills` (questions,) and `atom_count`. A skill's score is the mean over questions; its values
     here are the sums over a prompt's questions, divided by how many of them such a prompt has on average."""
-    am, gm, skills, atoms = [], [], {}, {}
-    for row in rows:
-        p = 100 * np.array(row["probabilities"], float)
-        am.append(p.mean())
-        with np.errstate(divide="ignore"):  # log 0 = -inf, and exp of that is 0 again
-            gm.append(np.exp(np.log(p).mean()))
-        atoms.setdefault(row["atom_count"], []).append(gm[-1])
-        for skill in sorted(set(row["skills"])):
-            skills.setdefault(skill, []).append(p[np.array(row["skills"]) == skill])
-    means = {skill: np.array([own.sum() for own in found]) / np.mean([len(own) for own in found])
-             for skill, found in skills.items()}
-    return np.array(am), np.array(gm), means, {count: np.array(atoms[count]) for count in sorted(atoms)}
+    p = [100 * np.array(row["probabilities"], float) for row in rows]
+    am, atoms, skills = np.array([x.mean() for x in p]), np.array([row["atom_count"] for row in rows]), {}
+    with np.errstate(divide="ignore"):  # log 0 = -inf, and exp of that is 0 again
+        gm = np.array([np.exp(np.log(x).mean()) for x in p])
+    for skill in sorted({skill for row in rows for skill in row["skills"]}):
+        own = [x[np.array(row["skills"]) == skill] for x, row in zip(p, rows) if skill in row["skills"]]
+        skills[skill] = np.array([x.sum() for x in own]) / np.mean([len(x) for x in own])
+    return am, gm, skills, {count: gm[atoms == count] for count in np.unique(atoms).tolist()}
 
 
 def first_token(net, tokenizer, seen, questions):

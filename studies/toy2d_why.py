@@ -37,8 +37,7 @@ def eps_exact(x_t, t, c, std, swap):
 
 
 def asked(objective, ref, pairs, x_t, t, c):
-    """The mean d (B, 2) of what the pairs of class c ask for at x_t (B, 2), t and c (B,), whichever winner or loser led
-    there."""
+    """The mean d (B, 2) of what the pairs of class c ask for at x_t (B, 2), t and c (B,), from any winner or loser."""
     x_0_w, x_0_l, _, c_minus = (x.unflatten(0, (-1, K))[:, c] for x in pairs)  # (N, B, 2), c_minus (N, B)
     eps = (x_t - ALPHA[t][:, None] * torch.cat([x_0_w, x_0_l])) / SIGMA[t][:, None]  # what leads from an x_0 to x_t
     eps_ref, target_w, target_l = ref(x_t, t, c), *eps.chunk(2)  # (B, 2), and Eq. 4's targets (N, B, 2)
