@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
-           zipfile.BadZipFile, csv.Error, SafetensorError, ImportError)  # a damaged file raises, or a missing package
+           zipfile.BadZipFile, csv.Error, SafetensorError, ImportError)  # raised by damaged files and missing packages
 
 
 @contextlib.contextmanager
