@@ -11,7 +11,6 @@ changes memory and speed, and the result by no more than rounding. lib/runs.py s
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from lib import adapters, models, plots, runs
 from lib.files import UserError
 from lib.pairs import misfit
-from lib.processes import add_up, at_least, from_all, processes, program
+from lib.processes import add_up, at_least, processes, program
 from lib.settings import HALF, MEMORY, with_defaults
 from loss import dspo_loss, preference_loss
 
@@ -39,6 +38,8 @@ MAX_GRAD_NORM = 1.0  # guess: the default of the diffusers examples
 FIRST_SCALE, GROW_AFTER = 2.0**5, 100  # guess: fp16's loss scale, and after how many good updates it is doubled
 SHOWN = ("update", "loss", "accuracy", "winner", "loser")  # of the log, beside the bar
 TEXT_BATCH = 32  # guess: pairs whose prompts the text encoders read at once
+GOES_WITH = dict(beta=["ddspo", "diffusion-dpo", "dspo"], scale=["distill"], side=["sft"], winner=["ddspo", "dspo"],
+                 loser=["ddspo", "dspo"])  # flags of some objectives only
 
 # ---- what an update sees, a function of the seed and of the place in the run: epoch after epoch, each in a new order
 
@@ -134,26 +135,20 @@ def step_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, beta
 def gradient(run, update, batch, bar):
     """Leaves the mean gradient over an update's pairs in the parameters, clipped to MAX_GRAD_NORM. Returns what is
     logged of each pair, {name: (batch_size,)}, and the gradient's norm before it was clipped."""
-    args, scaler, mine, rows = run.args, run.scaler, slice(run.rank, None, run.world), []
-    # fp16: the mean over a micro-batch goes backward, so that no overflow depends on how an update is divided
-    divisor = args.micro_batch if scaler.is_enabled() else 1
+    args, mine, rows = run.args, slice(run.rank, None, run.world), []
     run.optimizer.zero_grad()
     for part in micro_batches(run.store, run.model, args, batch[mine], run.device):
         with precision(run.device, run.precision):
             loss, info = step_loss(run.model, run.policies, *part, args.objective, args.beta, args.side, args.scale)
-        scaler.scale(loss.sum() / divisor).backward()
+        run.scaler.scale(loss.sum() / args.micro_batch).backward()  # a mean: fp16 overflows for no size of micro-batch
         rows.append(torch.stack([*info.values(), part[4]], 1))  # (B, columns)
         bar.update(min(run.world * len(loss), (update + 1) * args.batch_size - bar.n))
-        if update == 0 and len(rows) == 1 and scaler.is_enabled():
-            overflow = not torch.nn.utils.get_total_norm([p.grad for p in run.parameters]).isfinite()
-            if any(from_all(bool(overflow))):
-                break  # the other micro-batches would overflow too
     record = torch.zeros(args.batch_size, len(info) + 1, device=run.device)
-    record[mine][:args.micro_batch * len(rows)] = torch.cat(rows)
+    record[mine] = torch.cat(rows)
     add_up([record, *[p.grad for p in run.parameters]])  # over the processes
-    scaler.unscale_(run.optimizer)
+    run.scaler.unscale_(run.optimizer)
     for p in run.parameters:
-        p.grad /= args.batch_size / divisor
+        p.grad /= args.batch_size / args.micro_batch
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, MAX_GRAD_NORM).item()  # waits for the GPU
     return dict(zip([*info, "t"], record.cpu().numpy().T)), norm
 
@@ -167,37 +162,32 @@ def main(argv=None):
     with processes(args.out, hours=0.5) as (rank, world, device):  # guess
         run = set_up(args, rank, world, device)
         update = runs.load_checkpoint(run)
-        floor, size = noise_floor(run) if args.beta else (None, None)
+        run.floor, run.size = noise_floor(run) if args.beta else (None, None)
         prepare(run)
         if rank == 0:
-            runs.announce(run, update, floor)
-            board = runs.open_log(run, update, floor)
-        say_once = functools.cache(lambda text: tqdm.write(text, file=sys.stderr) if rank == 0 else None)
+            runs.announce(run, update)
+            board = runs.open_log(run, update)
         bar = tqdm(desc="train", unit=" pairs", initial=update * args.batch_size, total=args.updates * args.batch_size,
                    disable=rank > 0)
         while update < args.updates:
             began = time.perf_counter()
             batch = slots(len(run.store), args.seed, update, args.batch_size)
             columns, norm = gradient(run, update, batch, bar)
-            runs.check_update(run, update, batch, columns, norm, floor)
+            runs.check_update(run, update, batch, columns, norm)
             if not math.isfinite(norm):  # fp16 overflowed: the same update is done again with half the loss scale
                 run.scaler.update()
-                say_once(f"update {update + 1} overflowed and is done again with loss scale {run.scaler.get_scale():g}")
+                run.note(f"update {update + 1} overflowed and is done again with loss scale {run.scaler.get_scale():g}")
                 continue
-            lr = args.lr * min(1, (update + 1) / max(args.warmup, 1))  # linear warm-up, then constant
-            run.optimizer.param_groups[0]["lr"] = lr
+            lr = run.optimizer.param_groups[0]["lr"] = args.lr * min(1, (update + 1) / max(args.warmup, 1))  # warm-up
             run.scaler.step(run.optimizer)
             run.scaler.update()
             update += 1
 
             if rank == 0:
-                row = runs.log_row(update, columns, run.model.num_train_timesteps, lr=lr, grad_norm=norm,
-                                   loss_scale=run.scaler.get_scale(),
-                                   pairs_per_second=args.batch_size / (time.perf_counter() - began))
-                runs.add_row(args.out, board, row)
+                speed = args.batch_size / (time.perf_counter() - began)
+                row = runs.add_row(run, board, update, columns, lr=lr, grad_norm=norm, pairs_per_second=speed,
+                                   loss_scale=run.scaler.get_scale())
                 bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if name in row})
-                for oddity in runs.oddities(columns, size):
-                    say_once(oddity)
                 if args.preview and update % args.preview == 0:
                     preview(run, update)
                 if update % args.save_every == 0 or update == args.updates:
@@ -219,9 +209,10 @@ def set_up(args, rank, world, device):
     parameters = [p for p in model.net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, growth_interval=GROW_AFTER, enabled=name == "fp16")
+    note = functools.cache(lambda text: tqdm.write("note: " + text, file=sys.stderr) if rank == 0 else None)  # once
     return types.SimpleNamespace(
         args=args, rank=rank, world=world, device=device, store=store, model=model, policies=policies,
-        networks=networks, precision=name, parameters=parameters, optimizer=optimizer, scaler=scaler,
+        networks=networks, precision=name, parameters=parameters, optimizer=optimizer, scaler=scaler, note=note,
         identity=runs.identity_of(args, name, store, model, policies))
 
 
@@ -245,12 +236,15 @@ def make_policies(args, model):
 
 
 def prepare(run):
-    """Readies the networks for the loop, once noise_floor has used their exact weights."""
+    """Readies the networks for the loop, once noise_floor has used their exact weights. In half precision, frozen
+    weights of matrix products are kept in it: autocast would round them at each use."""
     if run.args.checkpointing:
         run.model.net.enable_gradient_checkpointing()
     for network in run.networks:
-        if run.precision in HALF:
-            halve(network, HALF[run.precision])
+        for module in network.modules() if run.precision in HALF else ():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                for p in module.parameters(recurse=False):
+                    p.data = p.data if p.requires_grad else p.data.to(HALF[run.precision])
         if run.args.compile:  # the backward is traced too, and SANA's would be cast to fp16 and overflow there
             torch._functorch.config.backward_pass_autocast = "off"
             network.compile()
@@ -258,31 +252,20 @@ def prepare(run):
             network.requires_grad_(True)  # torch chooses mm or bmm by this: the reference must run the student's
 
 
-def halve(net, dtype):
-    """Keeps the frozen weights of matrix products in half precision, to which autocast would round them at each use."""
-    for module in net.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            for p in module.parameters(recurse=False):
-                p.data = p.data if p.requires_grad else p.data.to(dtype)
-
-
 # ---- precision
 
 
-@contextlib.contextmanager
 def precision(device, name):
-    """Student and reference run in this precision: half by autocast from the same weights, with norms in float32."""
+    """In this context student and reference run in a precision: half by autocast, with weights and norms in float32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums in float32
-    with torch.autocast(device.type, HALF.get(name), enabled=name in HALF):
-        yield
+    return torch.autocast(device.type, HALF.get(name), enabled=name in HALF)
 
 
 @torch.no_grad()
 def noise_floor(run):
-    """Returns how much rounding alone lowers a logit of Eq. 7, and the mean square of the reference's prediction. The
-    winner's target is the reference's own prediction, so an error e of (eps_theta - eps_ref) enters squared, -beta/2
-    mean(e^2), and e^2 is up to twice that of one network."""
+    """How much rounding alone lowers a logit of Eq. 7, and the mean square of the reference's prediction. Since that is
+    the winner's target, an error e of eps_theta - eps_ref enters as -beta/2 mean(e^2): at most twice one network's."""
     args, model, some = run.args, run.model, slots(len(run.store), run.args.seed, 0, run.args.micro_batch)
     c, _, x_0_w, _, t, eps = next(micro_batches(run.store, model, args, some, run.device))
     x_t = model.noise(x_0_w, t, eps)
@@ -309,15 +292,39 @@ def preview(run, update):
     plots.draw_grid(prompts, columns, os.path.join(args.out, f"preview-{update:06d}.png"))
 
 
-# ---- flags
+# ---- checks and flags
+
+
+def check(args):
+    """Raises UserError if flags do not go together, if a run would come to nothing, or if this machine cannot do it."""
+    if not args.out:
+        raise UserError("--out '' is no folder: give its name.")
+    for name, objectives in GOES_WITH.items():
+        if getattr(args, name) is not None and args.objective not in objectives:
+            raise UserError(f"--{name} goes with --objective {' or '.join(objectives)}, not with {args.objective}.")
+    needed = [name for name in ("beta", "scale", "side") if args.objective in GOES_WITH[name]] + ["lr"]
+    if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
+        raise UserError(f"no experiment of {args.model} has these flags: give {' and '.join(missing)}.")
+    if (args.winner is None) != (args.loser is None):
+        raise UserError("--winner and --loser go together: Eq. 6 needs both.")
+    if args.negatives != "generated" and not needs_c_minus(args):
+        raise UserError(f"--negatives {args.negatives} is a variant of Eq. 7: take --objective ddspo and no --winner.")
+    if os.path.exists(os.path.join(args.model, models.LORA)):
+        raise UserError(f"--model {args.model} is an adapter: give a whole model to be tuned.")
+    exports = os.path.exists(os.path.join(args.out, f"checkpoint-{args.updates:06d}.pt"))  # and trains no more
+    if args.warmup > args.updates and not exports:
+        raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates: give no more.")
+    if not torch.cuda.is_available() and (args.precision == "tf32" or args.compile):  # which loses a gradient there
+        raise UserError("--precision tf32 and --compile are for GPUs: on a CPU take fp32 and no --compile.")
+    if args.batch_size < int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError(f"--batch-size {args.batch_size} is less than a pair a process: start fewer of them.")
+    runs.check_out(args.out)
 
 
 def parse(argv):
-    """The flags, with those that are not given filled in from EXPERIMENTS. Raises UserError if they do not go
-    together, if a run would come to nothing, or if this machine cannot do it."""
+    """The flags, with those that are not given filled in from EXPERIMENTS. Raises what `check` raises."""
     parser = argparse.ArgumentParser(prog="train.py", usage="train.py --model MODEL [flags]", allow_abbrev=False,
-                                     description="Tunes a text-to-image model with DDSPO or a baseline.", epilog=MEMORY,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     epilog=MEMORY, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, type=lambda path: path.rstrip("/"),
         help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder; NAME@fp16 takes the files of a variant")
@@ -339,8 +346,7 @@ def parse(argv):
     add("--batch-size", type=at_least(1), help="pairs per update over all GPUs")
     add("--lora-rank", type=at_least(0), help="0: all weights (default: 128 for SANA and SD3, else 0)")
     add("--micro-batch", type=at_least(1), help="pairs on a GPU at once (default: what 24 GB hold)")
-    add("--precision", choices=["fp32", "tf32", "fp16", "bf16"],
-        help="default: fp32 on a CPU; on a GPU bf16 if the network is stored in it, else fp16")
+    add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], help="default: fp32; on a GPU fp16, or a model's bf16")
     add("--checkpointing", action="store_true", help="less memory for a quarter more arithmetic")
     add("--compile", action="store_true", help="torch.compile the networks, on a GPU")
     add("--save-every", type=at_least(1), default=10, help="updates between checkpoints (default: 10, guess)")
@@ -349,40 +355,7 @@ def parse(argv):
     add("--seed", type=at_least(0), default=0, help="of the order of pairs, t and noise (default: 0)")
     args = with_defaults(parser.parse_args(argv))
     check(args)
-    runs.check_out(args.out)
     return args
-
-
-def check(args):
-    """Raises UserError if flags do not go together, if a run would come to nothing, or if this machine cannot do it."""
-    world, gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    if os.path.exists(os.path.join(args.model, models.LORA)):
-        raise UserError(f"--model {args.model} is an adapter: give a whole model to be tuned.")
-    if args.negatives != "generated" and not needs_c_minus(args):
-        raise UserError(f"--negatives {args.negatives} is a variant of Eq. 7: take --objective ddspo and no --winner.")
-    if (args.side is None) == (args.objective == "sft"):
-        raise UserError("--side goes with --objective sft, and sft needs it.")
-    if (args.winner is None) != (args.loser is None):
-        raise UserError("--winner and --loser go together: Eq. 6 needs both.")
-    if args.winner and args.objective not in ("ddspo", "dspo"):
-        raise UserError(f"--winner and --loser go with --objective ddspo or dspo: {args.objective} has none.")
-    strength = dict(sft=None, distill="scale").get(args.objective, "beta")
-    for name in {"beta", "scale"} - {strength}:
-        if getattr(args, name) is not None:
-            raise UserError(f"--objective {args.objective} has no {name}.")
-    if missing := [f"--{name}" for name in (strength, "lr") if name and getattr(args, name) is None]:
-        raise UserError(f"EXPERIMENTS has no row for {args.model} with --objective {args.objective}"
-                        f"{' and policies' if args.winner else ''}: give {' and '.join(missing)}.")
-    exports = os.path.exists(os.path.join(args.out, f"checkpoint-{args.updates:06d}.pt"))  # and trains no more
-    if args.warmup > args.updates and not exports:
-        raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates, which would end at "
-                        f"{args.updates / args.warmup:.2g} of --lr: give a --warmup of at most --updates.")
-    if args.precision == "tf32" and not gpu:
-        raise UserError("--precision tf32 is for NVIDIA GPUs: on a CPU take fp32.")
-    if args.compile and not gpu:
-        raise UserError("--compile is for GPUs: on a CPU, torch 2.13 loses the gradient of a U-Net's downsampling.")
-    if args.batch_size < world:
-        raise UserError(f"--batch-size {args.batch_size} is too small for {world} processes: use fewer of them.")
 
 
 if __name__ == "__main__":
