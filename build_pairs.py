@@ -46,13 +46,14 @@ def encode_sides(model, rows):
     return models.encode_images(model, torch.stack(pixels)).cpu().split(len(rows))
 
 
-def make_shard(model, rows, args, how, images):
+def make_shard(model, rows, args, how, images, bar):
     """The file of a shard, made --batch-size rows at a time: x_0_w and x_0_l, or x_0_w only; and the ids of the rows
     whose latents are not finite. `images` has a checksum of each row's images, which the file keeps."""
     parts = []
     for start in range(0, len(rows), args.batch_size):
         some = rows[start:start + args.batch_size]
         parts.append(encode_sides(model, some) if images else sample_sides(model, some, how))
+        bar.update(len(some))
     shard = {name: torch.cat(x).contiguous() for name, x in zip(("x_0_w", "x_0_l"), zip(*parts))}
     bad = [row["id"] for i, row in enumerate(rows) if not all(x[i].isfinite().all() for x in shard.values())]
     if bad and not args.skip_bad:
@@ -85,9 +86,12 @@ def main(argv=None):
             model.net.compile()
         shards = [rows[k:k + args.shard_size] for k in range(0, len(rows), args.shard_size)]
         todo = missing_shards(out, shards, images, rank, world)
-        for turn in tqdm(range(0, len(todo), world), "a shard for each process", disable=rank > 0):
-            mine = todo[turn + rank:turn + rank + 1]  # the last turn may have none for this process
-            write_shards(out, [(number, *make_shard(model, shards[number], args, how, images)) for number in mine])
+        own = sum(len(shards[number]) for number in todo[rank::world])
+        with tqdm(desc="pairs", total=own, disable=rank > 0) as bar:
+            for turn in range(0, len(todo), world):
+                mine = todo[turn + rank:turn + rank + 1]  # the last turn may have none for this process
+                made = [(number, *make_shard(model, shards[number], args, how, images, bar)) for number in mine]
+                write_shards(out, made)
         if rank == 0:
             pairs = count(PairStore(out), "pair")
             print(f"wrote {out}: {pairs} in {count(shards, 'shard')}" if todo else
