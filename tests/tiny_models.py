@@ -88,15 +88,15 @@ def sdxl(net=None, text=None, text_2=None):
         force_zeros_for_empty_prompt=True)
 
 
-def sana(net=None):
+def sana(net=None, text=None):
     # bytes, one token for the space, and one for each line of the default instruction, which stands before each prompt
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *[f"<0x{i:02X}>" for i in range(256)], "▁"]
     tokenizer = transformers.GemmaTokenizer({token: i for i, token in enumerate(vocabulary)}, add_bos_token=True)
     parameters = inspect.signature(diffusers.SanaPipeline.__call__).parameters
     tokenizer.add_tokens([transformers.AddedToken(line) for line in parameters["complex_human_instruction"].default])
-    text_encoder = transformers.Gemma2Model(transformers.Gemma2Config(
+    text_encoder = transformers.Gemma2Model(transformers.Gemma2Config(**{**dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, initializer_range=0.2))
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, initializer_range=0.2), **(text or {})}))
     transformer = diffusers.SanaTransformer2DModel(**net or dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=32,
@@ -195,7 +195,7 @@ SIZES = {  # a network for CPUs and three of the published sizes: the family, an
     "sana": ("sana", dict(
         net=dict(sample_size=32, in_channels=32, out_channels=32, num_attention_heads=36, attention_head_dim=32,
                  num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152,
-                 caption_channels=2304)))}
+                 caption_channels=2304), text=dict(hidden_size=2304)))}  # its Gemma has this width, and two layers
 
 
 def make(folder, family="sd", seed=0):
