@@ -3,7 +3,7 @@
 Images of 32 x 32 pixels show one or two objects. A prompt asks for shapes, colours, sizes and places: "a small red
 circle to the left of a big blue square". The judge finds the objects of an image by their colour and outline, and
 calls the image right if it shows what the prompt asks for and nothing else. studies/shapes_reference.py trains a model
-of this world. TAGS follow the example of GenEval's (arXiv 2310.11513).
+of this world. The tags follow the example of GenEval's (arXiv 2310.11513).
 """
 
 import itertools
@@ -60,63 +60,63 @@ def make_scene(rng, prompt):
     """A scene that the prompt describes. Objects do not touch, and sizes and places are clear to the judge."""
     low, high = zip(*[SIZES[size] for *_, size in prompt["objects"]])
     where = prompt["where"]
+    near = NEAR / 2 if where == "middle" else NEAR * 1.5
     while True:
         radius = rng.uniform(low, high)  # (objects,)
         x, y = rng.uniform(radius + 0.5, SIZE - 1.5 - radius, (2, len(radius)))
         scene = [(shape, color, *place) for (shape, color, _), place in zip(prompt["objects"], zip(x, y, radius))]
         dx, dy = offset(scene)
         apart = len(scene) == 1 or max(abs(dx), abs(dy)) >= radius.sum() + 2
-        if apart and (where is None or lies(dx, dy, where, NEAR / 2 if where == "middle" else NEAR * 1.5, 1.4)):
+        if apart and (where is None or lies(dx, dy, where, near, clearly=1.4)):
             return scene
 
 
 # ---- prompts: dict(tag, objects [(shape, colour, size or None)], where (a direction, "middle" or None))
 
-TAGS = ("one object", "two objects", "sizes", "position", "sizes and position")
+KINDS = {  # of each tag: how many objects, of which sizes, and where the first may be
+    "one object": (1, ["small", "large"], [*DIRECTIONS, "middle", None]),
+    "two objects": (2, [None], [None]),
+    "sizes": (2, ["small", "large"], [None]),
+    "position": (2, [None], [*DIRECTIONS]),
+    "sizes and position": (2, ["small", "large"], [*DIRECTIONS])}
+TAGS = tuple(KINDS)
+
+
+def one_of(rng, things):
+    return things[rng.integers(len(things))]
 
 
 def make_prompt(rng, tag, held_out=False):
     """A prompt of this tag; with `held_out`, one object has a held-out combination of shape and colour."""
     combinations = [(s, c) for s in SHAPES for c in COLORS if held_out or (s, c) not in HELD_OUT]
-    picks = rng.choice(len(combinations), 1 if tag == "one object" else 2, replace=False)
-    objects = [combinations[i] for i in picks]
+    count, sizes, places = KINDS[tag]
+    objects = [combinations[i] for i in rng.choice(len(combinations), count, replace=False)]
     if held_out:
-        objects[rng.integers(len(objects))] = sorted(HELD_OUT)[rng.integers(len(HELD_OUT))]
-        if len(set(objects)) < len(objects):
+        objects[rng.integers(count)] = one_of(rng, sorted(HELD_OUT))
+        if len(set(objects)) < count:
             return make_prompt(rng, tag, held_out)
-    sized = tag in ("one object", "sizes", "sizes and position")
-    objects = [(*o, str(rng.choice(["small", "large"])) if sized else None) for o in objects]
-    where = None
-    if tag == "one object":
-        where = [*DIRECTIONS, "middle", None][rng.integers(6)]
-    elif tag.endswith("position"):
-        where = str(rng.choice(list(DIRECTIONS)))
-    return dict(tag=tag, objects=objects, where=where)
+    objects = [(*o, one_of(rng, sizes)) for o in objects]
+    return dict(tag=tag, objects=objects, where=one_of(rng, places))
 
 
-SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big"), None: ("",)}
 PLACES = {"left": ("on the left", "at the left"), "right": ("on the right", "at the right"),
           "up": ("at the top", "near the top"), "down": ("at the bottom", "near the bottom"),
-          "middle": ("in the middle", "in the center")}
+          "middle": ("in the middle", "in the center"), None: ("",)}
 RELATIONS = {"left": ("to the left of", "on the left of"), "right": ("to the right of", "on the right of"),
              "up": ("above", "over"), "down": ("below", "under"), None: ("and", "with", "next to")}
-OPENINGS = ("", "there is ", "a picture of ")
+OPENINGS = ("", "there is", "a picture of")
 CONTENT = {*SHAPES, *COLORS, *sum(SIZE_WORDS.values(), ()), "left", "right", "top", "bottom", "middle", "center",
            "above", "over", "below", "under"}  # the words that say what to draw, and how
 
 
 def write_caption(rng, prompt):
     """Plain English for a prompt, in one of several phrasings."""
-    def one_of(phrases):
-        return phrases[rng.integers(len(phrases))]
-
-    names = [" ".join(["a", *([one_of(SIZE_WORDS[size])] if size else []), color, shape])
-             for shape, color, size in prompt["objects"]]
-    if len(names) == 2:
-        text = f"{names[0]} {one_of(RELATIONS[prompt['where']])} {names[1]}"
-    else:
-        text = names[0] + (" " + one_of(PLACES[prompt["where"]]) if prompt["where"] else "")
-    return one_of(OPENINGS) + text
+    parts = [["a", one_of(rng, SIZE_WORDS[size]), color, shape] for shape, color, size in prompt["objects"]]
+    places = RELATIONS if len(parts) == 2 else PLACES
+    parts.insert(1, [one_of(rng, places[prompt["where"]])])
+    words = [one_of(rng, OPENINGS), *sum(parts, [])]
+    return " ".join(word for word in words if word)
 
 
 def make_prompts(seed, count, held_out_share=0.0):
@@ -135,12 +135,11 @@ def make_prompts(seed, count, held_out_share=0.0):
 
 def corrupt(rng, prompt):
     """The prompt with one thing wrong: a shape, a colour, a size or the place. No held-out combination comes in."""
-    said = [word for o in prompt["objects"] for word in o] + [prompt["where"]]
+    said = [*sum(prompt["objects"], ()), prompt["where"]]
     kinds = [SHAPES, COLORS, ("small", "large")] * len(prompt["objects"]) + [DIRECTIONS]
     while True:
-        i = rng.choice([i for i, word in enumerate(said) if word])
-        others = [word for word in kinds[i] if word != said[i]]
-        wrong = [*said[:i], others[rng.integers(len(others))], *said[i + 1:]]
+        i, wrong = one_of(rng, [i for i, word in enumerate(said) if word]), list(said)
+        wrong[i] = one_of(rng, [word for word in kinds[i] if word != said[i]])
         objects = [tuple(wrong[k:k + 3]) for k in range(0, len(wrong) - 1, 3)]
         if HELD_OUT & {o[:2] for o in objects} <= {o[:2] for o in prompt["objects"]}:
             return dict(prompt, objects=objects, where=wrong[-1])
@@ -170,15 +169,13 @@ def which_shape(own):
     return max(SHAPES, key=lambda s: (own & mask(s, u, v)).sum() / (own | mask(s, u, v)).sum())
 
 
-def verdict(found, prompt):
-    """dict(correct, reason): whether the objects found are those asked for and no others, in size and place.
-
-    The reason is the first thing wrong, of the match of objects that gets farthest: number, shapes, colours, sizes,
-    place."""
-    wanted = prompt["objects"]
+def judge_image(image, prompt):
+    """dict(correct, reason): whether an image, (32, 32, 3) uint8 or PIL, shows what is asked for and nothing else. The
+    reason is the first thing wrong, of the match of objects that gets farthest: number, shapes, colors, sizes, place.
+    """
+    found, wanted, right = find_objects(np.array(image)), prompt["objects"], []
     if len(found) != len(wanted):
         return dict(correct=False, reason="number")
-    right = []
     for match in itertools.permutations(found):
         pairs = list(zip(match, wanted))
         right.append((all(m[0] == shape for m, (shape, _, _) in pairs),
@@ -187,8 +184,3 @@ def verdict(found, prompt):
                       prompt["where"] is None or lies(*offset(match), prompt["where"])))
     reason = next((what for what, fine in zip(("shapes", "colors", "sizes", "place"), max(right)) if not fine), "")
     return dict(correct=not reason, reason=reason)
-
-
-def judge_image(image, prompt):
-    """The verdict on an image, (32, 32, 3) uint8 or PIL."""
-    return verdict(find_objects(np.array(image)), prompt)

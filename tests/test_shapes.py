@@ -28,7 +28,7 @@ def test_training_captions_are_wrong_and_dropped_in_the_stated_shares(monkeypatc
     images, captions = shapes_reference.make_dataset(0, 1200)
     assert 0.07 < np.mean([caption == "" for caption in captions]) < 0.13
     kept = [image for image, caption in zip(images, captions) if caption]
-    right = np.mean([world.verdict(world.find_objects(image), prompt)["correct"] for image, prompt in zip(kept, said, strict=True)])
+    right = np.mean([world.judge_image(image, prompt)["correct"] for image, prompt in zip(kept, said, strict=True)])
     assert 0.46 < right < 0.54
 
 
@@ -73,7 +73,7 @@ def test_the_shipped_reference_has_its_score_on_a_hundred_fixed_prompts_to_withi
     model, prompts = models.load("shapes"), world.make_prompts([1, 4], 100)
     x_T = torch.stack([models.initial_noise(i, model.latent_shape) for i in range(100)])
     images = models.sample(model, [p["caption"] for p in prompts], x_T, 25, 4, output_type="pil")
-    right = [world.verdict(world.find_objects(np.array(image)), p)["correct"] for image, p in zip(images, prompts, strict=True)]
+    right = [world.judge_image(image, p)["correct"] for image, p in zip(images, prompts, strict=True)]
     assert np.mean(right) == pytest.approx(0.75, abs=0.02)  # rounding may turn an image or two
 
 

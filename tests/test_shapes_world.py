@@ -23,9 +23,9 @@ def worlds(count, seed=0, held_out=False):
 def test_the_score_is_right_on_true_images_and_says_no_to_wrong_captions():
     right, wrong = 0, 0
     for rng, prompt, scene in [*worlds(1500), *worlds(500, seed=1, held_out=True)]:
-        found = world.find_objects(world.render(scene))
-        right += world.verdict(found, prompt)["correct"]
-        wrong += world.verdict(found, world.corrupt(rng, prompt))["correct"]
+        image = world.render(scene)
+        right += world.judge_image(image, prompt)["correct"]
+        wrong += world.judge_image(image, world.corrupt(rng, prompt))["correct"]
     assert right >= 0.995 * 2000 and wrong <= 0.005 * 2000
 
 
@@ -41,7 +41,7 @@ def test_noise_on_the_pixels_does_not_disturb_the_score():
     right = 0
     for rng, prompt, scene in worlds(300, seed=2):
         noisy = world.render(scene) + rng.normal(0, 12, (32, 32, 3))
-        right += world.verdict(world.find_objects(noisy.clip(0, 255).astype(np.uint8)), prompt)["correct"]
+        right += world.judge_image(noisy.clip(0, 255).astype(np.uint8), prompt)["correct"]
     assert right >= 0.98 * 300
 
 
@@ -68,15 +68,14 @@ SCENE = [("circle", "red", 8, 16, 4), ("square", "blue", 22, 17, 6)]
     ([("circle", "red", None)], None, "number"),
 ])
 def test_verdicts_by_hand(objects, where, reason):
-    found = world.find_objects(world.render(SCENE))
-    assert world.verdict(found, dict(objects=objects, where=where)) == dict(correct=not reason, reason=reason)
+    assert world.judge_image(world.render(SCENE), dict(objects=objects, where=where)) == dict(correct=not reason, reason=reason)
 
 
 @pytest.mark.parametrize("x, y, where", [(8, 16, "left"), (24, 14, "right"), (14, 7, "up"), (17, 24, "down"), (16, 15, "middle")])
 def test_one_object_lies_in_one_place_of_the_image(x, y, where):
-    found = world.find_objects(world.render([("circle", "red", x, y, 4)]))
+    image = world.render([("circle", "red", x, y, 4)])
     right = [w for w in (*world.DIRECTIONS, "middle")
-             if world.verdict(found, dict(objects=[("circle", "red", None)], where=w))["correct"]]
+             if world.judge_image(image, dict(objects=[("circle", "red", None)], where=w))["correct"]]
     assert right == [where]
 
 
