@@ -133,9 +133,9 @@ def blip_from_salesforce(state):
     """The names of BLIP's own checkpoint -> those of BlipForQuestionAnswering."""
     renames = [("visual_encoder.", "vision_model."), ("cls_token", "embeddings.class_embedding"),
                ("pos_embed", "embeddings.position_embedding"), ("patch_embed.proj", "embeddings.patch_embedding"),
-               ("vision_model.blocks", "vision_model.encoder.layers"), ("model.norm", "model.post_layernorm"),
-               (".attn.proj", ".self_attn.projection"), (".attn.", ".self_attn."), (".norm1", ".layer_norm1"),
-               (".norm2", ".layer_norm2")]
+               ("model.blocks", "model.encoder.layers"), ("model.norm", "model.post_layernorm"),
+               (".norm1", ".layer_norm1"), (".norm2", ".layer_norm2"), (".attn.proj", ".self_attn.projection"),
+               (".attn.", ".self_attn.")]
     return rename({name: x for name, x in state.items() if not name.endswith(".position_ids")}, renames)
 
 

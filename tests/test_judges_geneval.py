@@ -113,7 +113,7 @@ def test_the_detector_is_the_official_one(tmp_path, monkeypatch):
     (config, url), = asked
     assert torch.hub.HASH_REGEX.search(url.split("/")[-1])[1] == "c9d0c4f2"  # what a fetched file's sha256 must begin with
     swin = config.backbone_config
-    assert (swin.embed_dim, swin.depths, swin.num_heads, swin.window_size) == (96, [2, 2, 18, 2], [3, 6, 12, 24], 7)
+    assert (swin.embed_dim, list(swin.depths), list(swin.num_heads), swin.window_size) == (96, [2, 2, 18, 2], [3, 6, 12, 24], 7)
     assert (config.num_queries, config.encoder_layers, config.decoder_layers, config.num_labels) == (100, 6, 10, 80)
 
 
