@@ -31,7 +31,8 @@ def reading(what, advice):
     except UserError:
         raise
     except DAMAGED as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+        reason = lines[0] if lines else type(error).__name__
         raise UserError(f"{what} cannot be read ({reason}): {advice}") from None
 
 
