@@ -28,42 +28,50 @@ def test_training_captions_are_wrong_and_dropped_in_the_stated_shares(monkeypatc
     images, captions = shapes_reference.make_dataset(0, 1200)
     assert 0.07 < np.mean([caption == "" for caption in captions]) < 0.13
     kept = [image for image, caption in zip(images, captions) if caption]
-    right = np.mean([world.judge_image(image, prompt)["correct"] for image, prompt in zip(kept, said, strict=True)])
+    right = np.mean([world.judge_image(image.permute(1, 2, 0).numpy(), prompt)["correct"] for image, prompt in zip(kept, said, strict=True)])
     assert 0.46 < right < 0.54
 
 
 def test_the_tokenizer_has_a_token_for_each_word():
-    tokenizer = shapes_reference.make_tokenizer(["a red circle to the left of a big blue square", "there is a triangle"])
+    tokenizer = models.load("shapes").pipe.tokenizer
     for caption, words in (("a red square", 3), ("there is a circle to the left of a big triangle", 11)):
         assert len(tokenizer(caption).input_ids) == words + 2
     assert tokenizer("red circle").input_ids != tokenizer("blue circle").input_ids
 
 
 def test_a_training_that_was_stopped_continues_exactly(tmp_path):
-    def train(name, updates_of_each_go, ends=(50,)):
+    def train(name, ends, updates_of_each_go):
         torch.manual_seed(0)
         net, x = torch.nn.Linear(3, 1), torch.arange(30.0).view(10, 3) / 30
 
-        def loss(batch, rng):
+        def loss(rng):
             if loss.left == 0:
                 raise KeyboardInterrupt
             loss.left -= 1
-            i = torch.randint(10, (batch,), generator=rng)
-            return (net(x[i]) - torch.randn(batch, 1, generator=rng)).square().mean()
+            i = torch.randint(10, (4,), generator=rng)
+            return (net(x[i]) - torch.randn(4, 1, generator=rng)).square().mean()
 
-        for updates in ends:
-            for loss.left in updates_of_each_go:
-                try:
-                    average, state = shapes_reference.fit(net, loss, updates, 4, 1e-2, str(tmp_path / name), every=10)
-                except KeyboardInterrupt:
-                    torch.nn.init.zeros_(net.weight)  # a new process would not have the weights either
-        assert state["ends"] == list(ends)
+        for loss.left in updates_of_each_go:
+            try:
+                average = shapes_reference.fit(net, loss, ends, 1e-2, str(tmp_path / name), every=10)
+            except KeyboardInterrupt:
+                torch.nn.init.zeros_(net.weight)  # a new process would not have the weights either
         return average.weight.detach()
 
-    straight, stopped = train("straight", [-1]), train("stopped", [23, 20, -1])
-    assert (straight == stopped).all()
-    longer = train("longer", [-1], (50, 70))
-    assert (train("stopped too", [30, -1], (50, 70)) == longer).all() and not (longer == straight).all()
+    straight = train("straight", [50], [-1])
+    assert (train("stopped", [50], [23, 20, -1]) == straight).all()
+    longer = train("longer", [50, 70], [-1])
+    assert (train("stopped too", [50, 70], [30, 25, -1]) == longer).all()
+    assert (train("70 at once", [70], [-1]) != longer).any()
+
+
+def test_the_rate_falls_to_0_at_each_end(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    net = torch.nn.Linear(3, 1)
+    shapes_reference.fit(net, lambda rng: net(torch.ones(2, 3)).sum(), [400, 1000], 1.0, str(tmp_path / "state"))
+    assert rates[0] == 1 / 200 and rates[199] == rates[300] == 1 and rates[350] == 0.5 and rates[399] == 0.01
+    assert rates[400] == rates[750] == 1 and rates[875] == 0.5 and rates[999] == 1 / 250 and len(rates) == 1000
 
 
 # ---- the model in weights/shapes
@@ -100,7 +108,7 @@ def reference(tmp_path_factory):
     """The folder of a reference of two updates."""
     folder = tmp_path_factory.mktemp("shapes")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(IMAGES=64, AUTOENCODER_UPDATES=2, VALIDATION_PROMPTS=2).items():
+        for name, value in dict(IMAGES=64, AUTOENCODER_UPDATES=2).items():
             patch.setattr(shapes_reference, name, value)
         patch.chdir(folder)
         shapes_reference.main(["weights/", "--updates", "2"])
@@ -122,11 +130,11 @@ def small(tmp_path, monkeypatch, reference):
 def test_the_reference_is_written_in_half_precision_with_its_making(reference):
     with open(os.path.join(reference, "training.json"), encoding="utf-8") as file:
         training = json.load(file)
-    assert training["commands"] == ["python -m studies.shapes_reference --updates 2"] and training["images"] == 64
+    assert training == dict(seed=0, images=64, autoencoder_updates=2, updates=[2], torch=torch.__version__)
     assert {x.dtype for x in load_file(os.path.join(reference, "unet", "diffusion_pytorch_model.safetensors")).values()} == {torch.float16}
     model = models.load(reference)
     assert model.latent_shape == (4, 8, 8) and model.net.dtype == torch.float32
-    assert sorted(os.listdir(os.path.dirname(reference))) == ["runs", "weights"]
+    assert os.listdir(os.path.dirname(reference)) == ["weights"]
 
 
 def test_a_folder_that_is_not_a_reference_is_refused_before_the_training(tmp_path, monkeypatch):
@@ -135,14 +143,25 @@ def test_a_folder_that_is_not_a_reference_is_refused_before_the_training(tmp_pat
     for path in ("mine/letter.txt", "letter.txt"):
         with open(path, "w") as file:
             file.write("dear")
-    for folder in ("mine", "mine/", "letter.txt"):
-        with pytest.raises(SystemExit, match="is there already, and this program did not write it"):
+    for folder in ("mine", "mine/"):
+        with pytest.raises(SystemExit, match="mine/? holds other files and no training.json: move it away, or give another name"):
             shapes_reference.main([folder])
+    with pytest.raises(SystemExit, match="letter.txt cannot be a folder, because a file is in its place"):
+        shapes_reference.main(["letter.txt"])
     with open("mine/training.json", "w") as file:
         json.dump(dict(model="sd14"), file)  # a result of train.py
-    with pytest.raises(SystemExit, match="mine is there already"):
+    with pytest.raises(SystemExit, match="mine was begun with other seed than now: use the same again, or another folder"):
         shapes_reference.main(["mine"])
     assert sorted(os.listdir()) == ["letter.txt", "mine"] and sorted(os.listdir("mine")) == ["letter.txt", "training.json"]
+
+
+def test_the_shipped_reference_and_a_training_of_another_length_are_not_overwritten(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes_reference, "IMAGES", 64)
+    monkeypatch.setattr(shapes_reference, "AUTOENCODER_UPDATES", 2)
+    with pytest.raises(SystemExit, match=r"was begun with updates \[2\], not \[2, 3\]"):
+        shapes_reference.main([reference, "--updates", "3", "2"])
+    with pytest.raises(SystemExit, match="shapes was begun with images 131072, not 64"):
+        shapes_reference.main([models.PRESETS["shapes"]])
 
 
 def test_a_reference_that_is_made_again_leaves_its_users_files(reference, monkeypatch):
@@ -150,7 +169,7 @@ def test_a_reference_that_is_made_again_leaves_its_users_files(reference, monkey
     with open("weights/card.md", "w") as file:
         file.write("mine")
     weights = load_file("weights/unet/diffusion_pytorch_model.safetensors")
-    for name, value in dict(IMAGES=64, AUTOENCODER_UPDATES=2, VALIDATION_PROMPTS=2).items():
+    for name, value in dict(IMAGES=64, AUTOENCODER_UPDATES=2).items():
         monkeypatch.setattr(shapes_reference, name, value)
     os.remove("weights/unet/diffusion_pytorch_model.safetensors")
     shapes_reference.main(["weights", "--updates", "2"])
@@ -159,7 +178,6 @@ def test_a_reference_that_is_made_again_leaves_its_users_files(reference, monkey
     with open("weights/card.md") as file:
         assert file.read() == "mine"
     os.remove("weights/card.md")
-    assert sorted(os.listdir()) == ["runs", "weights"]
 
 
 def test_a_command_is_printed_as_a_shell_would_read_it(monkeypatch, capsys):
