@@ -1,6 +1,5 @@
 """Pictures: the grid of Fig. 3, the pairs of a store, the curves of a run. And tables, in Markdown."""
 
-import io
 import os
 import textwrap
 
@@ -10,7 +9,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen must be chosen first)
 
-from lib.files import UserError, json_lines, write_file
+from lib.files import UserError, json_lines, reading, write_file
 
 
 def draw_grid(prompts, columns, path):
@@ -25,10 +24,9 @@ def draw_grid(prompts, columns, path):
             axis = axes[row, column]
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
-            if captions:
-                axis.set_xlabel(textwrap.fill(captions[0][row] or "", 34, max_lines=5), fontsize=7, parse_math=False)
-            elif column == 0:
-                axis.set_ylabel(textwrap.fill(prompts[row] or "", 34, max_lines=5), fontsize=7, parse_math=False)
+            if captions or column == 0:
+                label, text = (axis.set_xlabel, captions[0][row]) if captions else (axis.set_ylabel, prompts[row])
+                label(textwrap.fill(text or "", 34, max_lines=5), fontsize=7, parse_math=False)
     save_figure(figure, path)
 
 
@@ -47,15 +45,10 @@ LABELS = dict(winner="winner: lower is better", loser="loser: higher is better",
 
 def draw_curves(path):
     """Draws the curves of the log.jsonl that train.py wrote as curves.png beside it."""
-    rows = [row for _, row in json_lines(path)]
-    try:
-        rows = [row for row in rows if row["update"] > 0]
-        panels = [panel for panel in CURVES if panel[0][0] in rows[0]] if rows else []
+    with reading(path, "it is no log of train.py with an update in it."):
+        rows = [row for _, row in json_lines(path) if row["update"] > 0]
+        panels = [panel for panel in CURVES if panel[0][0] in rows[0]]
         columns = {name: np.array([row[name] for row in rows], float) for names, *_ in panels for name in names}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} has a line that train.py did not write.") from None
-    if not rows:
-        raise UserError(f"{path} has no update in it yet.")
     figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(16, 7), layout="constrained", squeeze=False)
     for axis, (names, title, unit, *ends) in zip(axes.flat, panels):
         for name in names:
@@ -84,10 +77,8 @@ def markdown_table(head, rows):
 
 def save_figure(figure, path):
     """Writes a PNG file, whole or not at all, and makes its folder if there is none."""
-    image = io.BytesIO()
-    figure.savefig(image, dpi=200, format="png")
+    write_file(path, lambda file: figure.savefig(file, dpi=200, format="png"))
     plt.close(figure)
-    write_file(path, image.getvalue())
     print(f"wrote {path}")
 
 
@@ -95,6 +86,5 @@ def try_path(path):
     """Raises UserError or OSError, before anything is computed, if no picture can be written here."""
     if os.path.isdir(path) or not path.lower().endswith(".png"):
         raise UserError(f"{path!r} must be the name of a picture to write, a file that ends in .png.")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    open(path + ".partial", "wb").close()
-    os.remove(path + ".partial")
+    write_file(path + ".try", b"")
+    os.remove(path + ".try")

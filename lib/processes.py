@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import functools
 import io
-import math
 import os
 import sys
 
@@ -23,9 +22,8 @@ def program(main):
     """Ends main with a sentence where the user can put it right; a bug keeps its traceback."""
     @functools.wraps(main)
     def run(argv=None):
-        for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed by >&-
-                setattr(sys, name, open(os.devnull, "w"))
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by >&-
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
         try:
@@ -38,15 +36,13 @@ def program(main):
             message = str(error)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails too
-            message = "stopped, because nothing reads the output any more. " + AGAIN
+            message = f"stopped, because nothing reads the output any more. {AGAIN}"
         except torch.OutOfMemoryError as error:
-            message = ("out of memory: give a smaller --batch-size, or to train.py a smaller --micro-batch, "
-                       f"--checkpointing or --lora-rank. {error}")
+            message = f"out of memory: give a smaller --batch-size, or --micro-batch, or --checkpointing. {error}"
         except (OSError, SafetensorError) as error:
-            message = (f"cannot read or write: {error}. What was written before is kept: run the same command again "
-                       "when this is solved.")
+            message = f"cannot read or write: {error}. What was written before is kept: run the same command again."
         except KeyboardInterrupt:
-            message = "stopped. " + AGAIN
+            message = f"stopped. {AGAIN}"
         sys.exit(message)  # by now the error is gone, and with it the progress bar, which has ended its line
     return run
 
@@ -54,14 +50,13 @@ def program(main):
 # ---- flags
 
 
-def at_least(low, kind=int, high=math.inf):
-    """An argparse type: a finite number that is not below `low`, and not above `high`."""
+def at_least(low, kind=int, high=sys.float_info.max):
+    """An argparse type: a number from `low` to `high`."""
     def number(text):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {low:g} or more, not {text}")
-        if value > high:
-            raise argparse.ArgumentTypeError(f"must be {high:g} or less, not {text}")
+        if not low <= value <= high:
+            bound = f"{high:g} or less" if value > high else f"{low:g} or more"
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
         return value
     return number
 
@@ -79,21 +74,21 @@ def given_flags(parser, argv):
 def holding(folder):
     """Makes a folder and holds it for this process alone; a folder into which nothing was written goes again. Raises
     UserError if another process holds it."""
+    lock = FileLock(os.path.join(folder, ".lock"), timeout=0)
     try:
         os.makedirs(folder, exist_ok=True)
+        lock.acquire()
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder} cannot be a folder, because a file is in its place: give another --out.") from None
-    lock = os.path.join(folder, ".lock")
-    try:
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # raised by rmdir where there are files
-                    os.remove(lock)
-                    os.rmdir(folder)
     except Timeout:
         raise UserError(f"another process is writing into {folder}: wait until it ends, or stop it.") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # raised by rmdir where there are files
+            os.remove(lock.lock_file)
+            os.rmdir(folder)
+        lock.release()
 
 
 def place():
@@ -105,8 +100,7 @@ def place():
     if device.type != "cpu":
         there = torch.accelerator.device_count()
         if local >= there:
-            raise UserError(f"process {local} of this machine has no GPU, because there are {there}: give torchrun "
-                            f"--nproc_per_node {there}.")
+            raise UserError(f"more processes than the {there} GPUs here: give torchrun --nproc_per_node {there}.")
         device = torch.device(device.type, local)
         torch.accelerator.set_device_index(local)
     return rank, max(world, 1), device
@@ -153,5 +147,5 @@ def add_up(tensors):
         for tensor in tensors if dist.is_initialized() else ():
             dist.all_reduce(tensor)
     except RuntimeError as error:
-        raise UserError(f"another process was lost ({str(error).splitlines()[0][:200]}), so this one ends too. Go on "
-                        "from the newest checkpoint with the same command.") from error
+        raise UserError(f"another process was lost ({str(error).splitlines()[0][:200]}). Go on from the newest "
+                        "checkpoint with the same command.") from error

@@ -70,11 +70,11 @@ def test_curves_are_those_of_the_log(figures, tmp_path):
     assert not any(axis.yaxis.get_major_formatter().get_useOffset() for axis in axes)
 
 
-@pytest.mark.parametrize("text, message", [("", "no update in it"), ('{"update": 0}\n', "no update in it"),
-                                           ("[]\n", "train.py did not write"), ('{"update": 1, "loss": 2}\n{"update": 2}\n', "train.py did not write"), ('{"update": 1}\n{"loss": 2\n', "train.py did not write")])
-def test_a_log_that_cannot_be_drawn_is_named(text, message, tmp_path):
+@pytest.mark.parametrize("text", ["", '{"update": 0}\n',
+                                  "[]\n", '{"update": 1, "loss": 2}\n{"update": 2}\n', '{"update": 1}\n{"loss": 2\n'])
+def test_a_log_that_cannot_be_drawn_is_named(text, tmp_path):
     (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(UserError, match=f"log.jsonl .*{message}"):
+    with pytest.raises(UserError, match=r"log.jsonl cannot be read \(.*\): it is no log of train.py with an update in it."):
         plots.draw_curves(str(tmp_path / "log.jsonl"))
 
 

@@ -774,7 +774,7 @@ def test_negatives_need_ddspo_and_a_second_prompt(sd, prompts, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--beta", "0"], "--beta: must be 1e-06 or more, not 0"), (["--lr", "nan"], "--lr: must be 1e-12 or more, not nan"),
     (["--batch-size", "0"], "--batch-size: must be 1 or more"), (["--warmup", "-1"], "--warmup: must be 0 or more"),
-    (["--beta", "inf"], "--beta: must be 1e-06 or more, not inf"), (["--beta", "1e-30"], "--beta: must be 1e-06 or more, not 1e-30"),
+    (["--beta", "inf"], "--beta: must be 1e+06 or less, not inf"), (["--beta", "1e-30"], "--beta: must be 1e-06 or more, not 1e-30"),
     (["--beta", "1e9"], "--beta: must be 1e+06 or less, not 1e9"), (["--lr", "1"], "--lr: must be 0.1 or less, not 1"),
 ])
 def test_flags_out_of_range_are_named(flags, message, capsys):
