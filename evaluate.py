@@ -5,11 +5,10 @@
     python evaluate.py table eval/sd14
     python evaluate.py grid --models sd14 runs/sd14-ddspo/pipeline --prompts prompts.txt --out grid.png
 
-`generate` writes a benchmark's images into the folders that its official scorer reads. Image i of a benchmark comes
-from the noise of seed + i, and batch k holds the same images on any number of GPUs. `score` judges each image and keeps
-what it found in scores/, a line an image (judges/shared.py has the files); torchrun's processes share out the judges.
-`table` makes means, 95 % intervals and paired differences of that. The same command goes on where `generate` or `score`
-was stopped. A file of judges/ says how each benchmark is judged, and what differs from the official way.
+`generate` writes a benchmark's images into the folders that its official scorer reads. Image i comes from the noise of
+seed + i, and batch k holds the same images on any number of GPUs. `score` judges them and keeps what it found in
+scores/ (judges/shared.py has the files). `table` makes means, 95 % intervals and paired differences of that. The same
+command goes on after a stop. A file of judges/ says how a benchmark is judged, and what differs from the official way.
 """
 
 import argparse
@@ -47,7 +46,7 @@ BENCHMARKS = {  # images, the list of them, {file in scores/: (groups that it ju
     "geneval2": (800, geneval2.items, {"geneval2": (None, geneval2.load, geneval2.JUDGE)}),
     "shapes": (400, shapes.items, {"shapes": (None, shapes.load, "rules")})}
 PAPERS = [bench for bench in BENCHMARKS if bench not in ("geneval2", "shapes")]
-THREADS = 8  # that write or read images (guess)
+POOL = ThreadPoolExecutor(8)  # threads that write and read images (guess)
 
 
 def list_images(bench, data):
@@ -80,23 +79,18 @@ def generate(args):
 
 def write_images(bench, rows, model, args, rank, world):
     """Writes this process's share of a benchmark: every world-th batch, from batch `rank` on. A batch is sampled whole
-    even where only some of its images are missing, so that an image depends on neither a stop nor `world`. Threads
-    write a batch while the next one is sampled."""
+    even where only some of its images are missing, so that an image depends on neither a stop nor `world`."""
     if bench == "geneval" and rank == 0:
         for row in rows[::4]:
             folder = os.path.dirname(os.path.dirname(os.path.join(args.out, row["path"])))
             write_file(os.path.join(folder, "metadata.jsonl"), json.dumps(row["metadata"]) + "\n")
-    with ThreadPoolExecutor(THREADS) as pool:
-        writing = ()
-        for start in tqdm(range(0, len(rows), args.batch_size)[rank::world], f"generate {bench}", disable=rank > 0):
-            batch = rows[start:start + args.batch_size]
-            paths = [os.path.join(args.out, row["path"]) for row in batch]
-            if not all(map(shared.is_there, paths)):
-                seeds = range(args.seed + start, args.seed + start + len(batch))
-                images = sample_images(model, [row["prompt"] for row in batch], seeds, model.steps, model.guidance)
-                list(writing)  # waits for the batch before, and raises its error
-                writing = pool.map(save_image, images, paths)
-        list(writing)
+    for start in tqdm(range(0, len(rows), args.batch_size)[rank::world], f"generate {bench}", disable=rank > 0):
+        batch = rows[start:start + args.batch_size]
+        paths = [os.path.join(args.out, row["path"]) for row in batch]
+        if not all(map(shared.is_there, paths)):
+            seeds = range(args.seed + start, args.seed + start + len(batch))
+            images = sample_images(model, [row["prompt"] for row in batch], seeds, model.steps, model.guidance)
+            list(POOL.map(save_image, images, paths))
 
 
 def load_model(name, args, device, unet=None):
@@ -143,20 +137,22 @@ def score(args):
     rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
     tasks = [task for run in runs for task in find_tasks(run, args)][rank::world]
-    left = [(*task, load) for *task, load in tasks if load]
-    for load in list(dict.fromkeys(load for *_, load in left))[1:]:
-        load(device, args.data)  # load each judge once, so that a missing package fails now, not after hours
-    for run, name, rows, origin, load in left:
-        with holding(os.path.join(run, "scores", name)):
-            write_scores(run, name, rows, origin, load(device, args.data), args)
+    needed = dict.fromkeys(load for *_, batches, load in tasks if batches)
+    for load in list(needed)[1:]:  # load each once, so that a missing package fails now, not after hours
+        load(device, args.data)
+    for run, name, origin, batches, load in tasks:
+        if batches:
+            with holding(os.path.join(run, "scores", name)):
+                write_scores(run, name, origin, batches, load(device, args.data), args.data)
     if rank == 0:
         print(f"wrote {', '.join(os.path.join(run, 'scores') for run in runs)}. Next:\n"
               + shlex.join(["python", "evaluate.py", "table", *runs]))
 
 
 def find_tasks(run, args):
-    """Yields (run, name, rows, origin, load) for each judge of a run: the name of its scores, the images that it has to
-    judge, what its scores belong to, its loader, or None if all have one. Raises UserError if images are missing."""
+    """Yields (run, name, origin, batches, load) for each judge of a run: the name of its scores, what they belong to,
+    the batches with an image that has no score, and its loader. A batch is judged whole, so that no score depends on a
+    stop. Raises UserError if images are missing."""
     if args.foreign:
         there = [bench for bench in args.bench or BENCHMARKS if os.path.isdir(os.path.join(run, bench))]
         shared.adopt(run, {bench: list_images(bench, args.data) for bench in there})
@@ -173,35 +169,33 @@ def find_tasks(run, args):
             raise UserError(f"{len(missing)} of {len(rows)} images of {bench} are missing in {run}, first "
                             f"{missing[0]}: give the command of generate again, or put them there.")
         for name, (groups, load, weights) in BENCHMARKS[bench][2].items():
+            if name == "owl" and compbench.official_spatial(run):
+                continue
             own = [row for row in rows if groups is None or row["group"] in groups]
+            batches = [own[start:start + args.batch_size] for start in range(0, len(own), args.batch_size)]
             origin = shared.origin_of(settings, bench, weights)
             scores = shared.read_scores(run, name, origin)
-            done = "all" in scores or all(row["path"] in scores for row in own)
-            if name != "owl" or not compbench.official_spatial(run):
-                yield run, name, own, origin, None if done else load
+            left = [batch for batch in batches if any({row["path"], "all"}.isdisjoint(scores) for row in batch)]
+            yield run, name, origin, left, load
 
 
-def write_scores(run, name, rows, origin, judge, args):
-    """Adds what the judge finds to scores/`name`.jsonl, a line an image; or writes scores/coco.json after all images. A
-    batch is judged whole if one of its images has no score, so that no score depends on a stop."""
-    path, scores, seen = os.path.join(run, "scores", name), shared.read_scores(run, name, origin), []
+def write_scores(run, name, origin, batches, judge, data):
+    """Adds what the judge finds to scores/`name`.jsonl, a line an image, or makes scores/coco.json of all images."""
+    path, scores = os.path.join(run, "scores", name), shared.read_scores(run, name, origin)
+    pixels, bar = 256 if name == "coco" else origin["pixels"], tqdm(batches, f"score {run}: {name}")
     write_file(os.path.join(path, "settings.json"), json.dumps(origin, indent=1) + "\n")
-    if name != "coco":
-        write_file(path + ".jsonl", to_lines(scores.values()))  # without an unfinished line
-    batches = [rows[start:start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
-    left = [batch for batch in batches if any(row["path"] not in scores for row in batch)]
-    pixels = 256 if name == "coco" else origin["pixels"]
-    with ThreadPoolExecutor(THREADS) as pool:  # its threads open images
-        for batch in tqdm(left, f"score {run}: {name}"):
-            images = list(pool.map(lambda row: shared.open_image(os.path.join(run, row["path"]), pixels), batch))
-            found = [row | x for row, x in zip(batch, judge(batch, images)) if row["path"] not in scores]
-            if name == "coco":
-                seen += found
-            else:
-                with open(path + ".jsonl", "a", encoding="utf-8") as file:
-                    file.write(to_lines(found))
+
+    def judged(batch):
+        images = list(POOL.map(lambda row: shared.open_image(os.path.join(run, row["path"]), pixels), batch))
+        return [row | found for row, found in zip(batch, judge(batch, images)) if row["path"] not in scores]
+
     if name == "coco":
-        write_file(path + ".json", to_lines([fid.summary(seen, args.data)]))
+        write_file(path + ".json", to_lines([fid.summary([row for batch in bar for row in judged(batch)], data)]))
+        return
+    write_file(path + ".jsonl", to_lines(scores.values()))  # without an unfinished line
+    for batch in bar:
+        with open(path + ".jsonl", "a", encoding="utf-8") as file:
+            file.write(to_lines(judged(batch)))
 
 
 # ---- table and grid
@@ -212,8 +206,7 @@ def table(args):
     path = os.path.splitext(args.out)[0] + ".json"
     if not args.out.lower().endswith(".md"):
         raise UserError(f"--out {args.out} must be the name of a file to write that ends in .md.")
-    stop_if_not_ours(args.out)
-    stop_if_not_ours(path)
+    stop_if_not_ours(args.out, path)
     text, whole = make_table(list(dict.fromkeys(map(os.path.normpath, args.runs))), BENCHMARKS)
     write_file(args.out, text + "\n")
     write_file(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")

@@ -1,11 +1,9 @@
 """What the benchmarks of Sec. 4.2 to 4.4 share: what a run's folder keeps; lists from their official places; networks
 from the hub or from their authors' own checkpoints; CLIP, the overlap of boxes, and means with their interval.
 
-Each benchmark's file offers evaluate.py functions of two kinds, which BENCHMARKS names there:
-
-    items(data)           a row for each image in the order of their seeds: its `path` in a run's folder, its `prompt`,
-                          the `group` in which scores are averaged first, the prompt's `index` in it, and what else the
-                          judge needs. `data` is the folder of the fetched lists.
+    items(data)           of a benchmark: a row for each image in the order of their seeds, with its `path` in a run's
+                          folder, its `prompt`, the `group` in which scores are averaged first, the prompt's `index` in
+                          it, and what else the judge needs. `data` is the folder of the fetched lists.
     load(device, data)    a judge: judge(rows, images) gives a dict for each PIL image, with its `correct` or `value`
                           (fid.py: with what its `summary` needs of all images).
 
@@ -33,7 +31,6 @@ from lib.images import open_rgb
 
 FIXED = ("checksum", "steps", "guidance", "seed", "sampler", "precision", "pixels")  # the same for all in a folder
 VALUES = {"geneval": ("correct", 1), "shapes": ("correct", 1), "coco": ("FID", 1e9)}  # in a row, and how far from 0
-VALUE = ("value", 101)  # in the rows of the other judges; 100 cos may round to more
 
 
 def settings_of(model, args):
@@ -77,7 +74,7 @@ def list_checksum(rows):
 def read_settings(run):
     path = os.path.join(run, "settings.json")
     with reading(path, "give a folder that evaluate.py generate made, or --foreign to score images made elsewhere."):
-        found = read_json(path)
+        found = read_json(path) if os.path.isfile(path) else {}
         if not {*FIXED, "base"} <= found.keys() or not isinstance(found["lists"], dict):
             raise ValueError("generate did not write it")
     return found
@@ -92,7 +89,7 @@ def read_scores(run, name, origin):
     """{path of an image: its row} of what a judge has found so far, without a last line that a stopped run left
     unfinished. FID and IS are one row, that of "all". Raises UserError if the scores are of another origin."""
     folder, rows = os.path.join(run, "scores", name), {}
-    path, (key, most) = folder + (".json" if name == "coco" else ".jsonl"), VALUES.get(name, VALUE)
+    path, (key, most) = folder + (".json" if name == "coco" else ".jsonl"), VALUES.get(name, ("value", 101))
     if not os.path.exists(path):
         return rows
     with open(path, "rb") as file:
@@ -104,8 +101,8 @@ def read_scores(run, name, origin):
             if not abs(row[key]) <= most:
                 raise ValueError(f"{key} cannot be {row[key]}")
     note, again = os.path.join(folder, "settings.json"), f"delete {folder}*, so that all is judged again."
-    with reading(note, again):
-        what = difference(read_json(note), origin)
+    with reading(note, again), open(note, encoding="utf-8") as file:
+        what = difference(json.load(file), origin)
     if what:
         raise UserError(f"{folder} was begun with {what}: {again}")
     return rows
@@ -248,10 +245,7 @@ def per_prompt(rows, key="value"):
 
 def interval(groups):
     """The mean over groups of their means, with its 95 % interval from resampling each group's prompts. `groups`
-    {group: (prompts,)}; seeds are groups too. For a paired difference give the differences of prompts. A number in
-    their place has no interval."""
-    if not isinstance(groups, dict):
-        return dict(mean=groups)
+    {group: (prompts,)}; seeds are groups too. For a paired difference give the differences of prompts."""
     rng = np.random.default_rng(0)
     means = [values[rng.integers(len(values), size=(1000, len(values)))].mean(1) for values in groups.values()]
     low, high = np.percentile(np.mean(means, 0), [2.5, 97.5])

@@ -108,24 +108,18 @@ def collect(run, settings, benchmarks):
     for metric, groups in dict(GenEval=found.get("GenEval", {}), HPSv2=found.get("HPSv2", {}), CB=parts).items():
         for group, values in groups.items():
             found[f"{metric}: {group}{mark if group in ('spatial', 'complex') else ''}"] = {group: values}
-    if scores["geneval"]:
-        blank = [row | dict(value=row["details"] == "{}") for row in scores["geneval"].values()]
-        found["GenEval: nothing detected"] = per_prompt(blank)
     if scores["geneval2"]:
         in_order = sorted(scores["geneval2"].values(), key=lambda row: row["index"])
         am, gm, skills, atoms = geneval2.geneval2_values(in_order)
-        named = {"AM": am, "GM": gm} | {f"AM: {skill}": x for skill, x in skills.items()}
-        named |= {f"GM: {count} atoms": x for count, x in atoms.items()}
-        found |= {f"GenEval 2 {name}": dict(all=x) for name, x in named.items()}
+        found |= {"GenEval 2 AM": dict(all=am), "GenEval 2 GM": dict(all=gm)}
+        found |= {f"GenEval 2 AM: {skill}": dict(all=x) for skill, x in skills.items()}
+        found |= {f"GenEval 2 GM: {count} atoms": dict(all=x) for count, x in atoms.items()}
     return found | scores["coco"].get("all", {})
 
 
-def compare(found, base, settings, settings_of_base):
-    """{metric: found less base, prompt by prompt}, of the means that two runs have of the same seeds and prompts."""
-    if settings["seed"] != settings_of_base["seed"]:
-        return {}
-    same = dict(settings["lists"].items() & settings_of_base["lists"].items())
-    both = [metric for metric in found if metric in base and bench_of(metric) in same and bench_of(metric) != "coco"]
+def compare(found, base, lists):
+    """{metric: found less base, prompt by prompt}, of the benchmarks in `lists` but for FID and IS."""
+    both = [metric for metric in found if metric in base and bench_of(metric) in lists and bench_of(metric) != "coco"]
     return {metric: {group: x - base[metric][group] for group, x in found[metric].items()} for metric in both}
 
 
@@ -136,14 +130,16 @@ def make_table(runs, benchmarks):
     if not any(found.values()):
         raise UserError(f"no benchmark in {', '.join(runs)} has been scored yet: run evaluate.py score first.")
     for run in runs:
-        rows[run] = {metric: interval(value) for metric, value in found[run].items()}
+        rows[run] = {metric: interval(value) if isinstance(value, dict) else dict(mean=value)
+                     for metric, value in found[run].items()}
         rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in rows[run] if ":" not in metric}
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
         remarks.append(f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
                                               if value is not None and key != "lists"))
     for run in runs[1:]:
-        paired = compare(found[run], found[runs[0]], settings[run], settings[runs[0]])
-        if paired:
+        same = dict(settings[run]["lists"].items() & settings[runs[0]]["lists"].items())
+        paired = compare(found[run], found[runs[0]], same)
+        if paired and settings[run]["seed"] == settings[runs[0]]["seed"]:
             rows[f"{run} − {runs[0]}"] = {metric: interval(value) for metric, value in paired.items()}
         else:
             remarks.append(f"{run} and {runs[0]} share no benchmark with the same seeds and prompts: no differences.")
@@ -154,11 +150,11 @@ def make_table(runs, benchmarks):
     return text, dict(runs=rows, paper=paper, notes=NOTES, remarks=remarks, settings=settings)
 
 
-def stop_if_not_ours(path):
-    """Raises UserError if there is a file of another kind than `table` or `grid` writes: a table, or a picture by
-    matplotlib."""
-    marks = {".md": BRACKETS.encode(), ".json": b'{\n "runs": {', ".png": b"Software\0Matplotlib"}
-    if os.path.exists(path):
+def stop_if_not_ours(*paths):
+    """Raises UserError if a file is there that is no table and no picture by matplotlib, as `table` and `grid` make."""
+    marks = BRACKETS.encode(), b'{\n "runs": {', b"Software\0Matplotlib"
+    for path in filter(os.path.exists, paths):
         with open(path, "rb") as file:
-            if marks[os.path.splitext(path)[1].lower()] not in file.read():
-                raise UserError(f"{path} exists and is no table or picture of this program: give another --out.")
+            content = file.read()
+        if not any(mark in content for mark in marks):
+            raise UserError(f"{path} exists and is no table or picture of this program: give another --out.")
