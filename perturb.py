@@ -80,24 +80,21 @@ PART = 512  # prompts in a file of finished answers: a stopped process repeats a
 def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
     """[(id, c)] -> [dict(id, c, c_minus)], or dict(id, c, answer, reason) where no attempt gave a usable answer.
 
-    ask(prompts, seed) -> answers, and read(answer, c) -> c_minus, as lib/chat.py has them. Each attempt asks for what
-    is still missing, with another seed for each batch. Prompts of like length are asked together: less padding."""
+    ask(prompts, seed) -> answers, and read(answer, c) -> what of these belongs to c, as lib/chat.py has them. Each
+    attempt asks for what is still missing, with another seed for each batch. Prompts of like length go together."""
     results, left = {}, sorted(rows, key=lambda row: len(row[1]))
     for attempt in range(attempts):
         again = []
         for start in range(0, len(left), batch_size):
-            batch, unsettled = left[start:start + batch_size], len(again)
+            batch = left[start:start + batch_size]
             answers = ask([c for _, c in batch], random.Random(f"{seed} {attempt} {start}").getrandbits(63))
             for (name, c), answer in zip(batch, answers, strict=True):
-                try:
-                    results[name] = dict(id=name, c=c, c_minus=read(answer, c))
-                except ValueError as error:
-                    results[name] = dict(id=name, c=c, answer=answer, reason=str(error))
-                    if str(error) != VAGUE:
-                        again.append((name, c))
+                results[name] = dict(id=name, c=c) | read(answer, c)
+            missing = [(name, c) for name, c in batch if results[name].get("reason", VAGUE) != VAGUE]
+            again += missing
             if not (bar.n or bar.disable):  # a wrong instruction is seen at once
                 tqdm.write(f"for example: {results[batch[0][0]]}")
-            bar.update(len(batch) - len(again) + unsettled)
+            bar.update(len(batch) - len(missing))
         left = again
     bar.update(len(left))
     return [results[name] for name, _ in rows]
@@ -134,8 +131,6 @@ def rewrite_all(args, instruction, how, prompts):
 def main(argv=None):
     args = parse(argv)
     rewriting = args.strategy in INSTRUCTIONS
-    if not rewriting and not is_first():
-        return  # one process is enough to remove words
     prompts = sample_prompts(args.prompts, 1 if rewriting else 2, args.limit, args.seed)
     how = dict(strategy=args.strategy, perturb_seed=args.seed)
     if rewriting:
@@ -175,8 +170,7 @@ def parse(argv):
     add("--low", type=float, default=0.4, help="least share of words to remove (paper: 0.4)")
     add("--high", type=float, default=0.7, help="largest share of words to remove (paper: 0.7)")
     add("--template", help="a file with the instruction to the chat model, as the authors' (default: our own)")
-    add("--llm", default="meta-llama/Meta-Llama-3-8B-Instruct", help="a chat model, hub id or folder "
-        "(default: meta-llama/Meta-Llama-3-8B-Instruct)")
+    add("--llm", default="meta-llama/Meta-Llama-3-8B-Instruct", help="a chat model: a hub id or folder (%(default)s)")
     add("--batch-size", type=at_least(1), default=64, help="prompts that the chat model reads at once (script: 64)")
     add("--attempts", type=at_least(1), default=3, help="answers to a prompt before it is rejected (guess: 3)")
     args = parser.parse_args(argv)

@@ -32,7 +32,7 @@ from judges.fid import frechet
 from judges.shared import interval
 from lib import models
 from lib import shapes_world as world
-from lib.files import checksum, read_json, read_lines, same_settings, to_lines, write_file
+from lib.files import checksum, json_lines, read_json, same_settings, to_lines, write_file
 from lib.plots import markdown_table, plt, save_figure
 from lib.processes import holding, program
 
@@ -59,7 +59,7 @@ def perturbed(home, seed, pairs, *flags):
     prompts, out = os.path.join(home, "prompts.txt"), os.path.join(home, "perturbed.jsonl")
     write_file(prompts, "".join(p["caption"] + "\n" for p in world.make_prompts([seed, 1], pairs)))
     command(perturb, prompts, out, "--seed", seed, *flags)
-    return read_lines(out)
+    return [row for _, row in json_lines(out)]
 
 
 def make_store(home, rows, seed):

@@ -51,12 +51,13 @@ def load_llm(name, instruction, device):
     return ask
 
 
+ASCII_WORDS = bytes(ord(chr(i).lower()) if chr(i).isalnum() or chr(i) == "_" else ord(" ") for i in range(256))
+
+
 def words_of(text):
     """The words of a text in small letters, without a plural s, so that an apple is found in two apples."""
-    if text.isascii():  # as below, but four times as fast
-        words = text.encode().translate(ASCII_WORDS).decode().split()
-    else:
-        words = WORDS.findall(text.casefold())
+    words = (text.encode().translate(ASCII_WORDS).decode().split() if text.isascii()  # the same, four times as fast
+             else WORDS.findall(text.casefold()))
     return [word.rstrip("s") or word for word in words]
 
 
@@ -66,18 +67,17 @@ def runs_of(text):
     return {" ".join(words[i:i + n]) for i in range(len(words)) for n in range(1, RUN + 1)}
 
 
-ASCII_WORDS = bytes(ord(chr(i).lower()) if chr(i).isalnum() or chr(i) == "_" else ord(" ") for i in range(256))
 FUNCTION_WORDS = set(words_of("a an the and or of in on at to by for from with as is are it its this that there"))
 
 
 def why_unusable(c_minus, c, told, alignment):
     """Why a text cannot be c_minus of c, in words; None if it can. `told` are the runs of the instruction's words."""
     said = words_of(c_minus)
+    n, repeated = min(RUN, len(said)), ()
     if not said or "".join(c_minus.split()).casefold() == "".join(c.split()).casefold():
         return "empty or the same as c"
     if not c_minus.isascii() and c_minus.encode(errors="replace").decode() != c_minus:  # no file can hold it
         return "half a character"
-    n, repeated = min(RUN, len(said)), ()
     if not told.isdisjoint(said[n - 1::n]):  # a run of n words has one of these
         repeated = [said[i:i + n] for i in range(len(said) - n + 1) if " ".join(said[i:i + n]) in told]
     if EXAMPLE in c_minus.casefold() or any(not set(run) <= set(words_of(c)) for run in repeated):
@@ -91,24 +91,22 @@ def why_unusable(c_minus, c, told, alignment):
 
 
 def read_answer(answer, c, told=frozenset(), alignment=False, seed=0):
-    """c_minus from a chat model's answer: of the first JSON object in it that has {"prompt": a text} or {"neg_prompts":
-    [texts]}. Of several usable texts one is drawn by (seed, c). `told` are the runs of the instruction's words. Raises
-    ValueError, which says why, if no text is usable: VAGUE if the list is empty."""
-    texts, why = None, "not JSON"
+    """dict(c_minus) from a chat model's answer: of the first JSON object in it that has {"prompt": a text} or
+    {"neg_prompts": [texts]}. Of several usable texts one is drawn by (seed, c). `told` are the runs of the
+    instruction's words. Or dict(answer, reason) if no text is usable: VAGUE if the list is empty."""
+    texts, reason, usable = (), "not JSON", []
     for brace in BRACES(answer):
         try:
             found, _ = DECODE(answer, brace.start())
         except (ValueError, RecursionError):  # RecursionError: thousands of braces
             continue
-        texts, why = [found["prompt"]] if "prompt" in found else found.get("neg_prompts"), 'not {"prompt": a text}'
-        if isinstance(texts, list) and set(map(type, texts)) <= {str}:
+        given, reason = [found["prompt"]] if "prompt" in found else found.get("neg_prompts"), 'not {"prompt": a text}'
+        if isinstance(given, list) and set(map(type, given)) <= {str}:
+            texts, reason = given, VAGUE
             break
-    else:
-        raise ValueError(why)
-    why, usable = VAGUE, []
     for text in dict.fromkeys(map(str.strip, texts)):
-        why = why_unusable(text, c, told, alignment)
-        usable += [text] * (not why)
+        reason = why_unusable(text, c, told, alignment)
+        usable += [text] * (not reason)
     if not usable:
-        raise ValueError(why)
-    return random.Random(f"{seed} {c}").choice(usable) if len(usable) > 1 else usable[0]
+        return dict(answer=answer, reason=reason)
+    return dict(c_minus=random.Random(f"{seed} {c}").choice(usable) if len(usable) > 1 else usable[0])

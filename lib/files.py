@@ -99,15 +99,6 @@ def json_lines(path):
                 yield number, line
 
 
-def read_lines(path):
-    """The rows of a .jsonl file, a list of dicts. Raises UserError with the number of a line that is none."""
-    rows = dict(json_lines(path))
-    for number, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object: {str(row)[:80]}")
-    return list(rows.values())
-
-
 def count(things, noun):
     """How many there are, in words: 1 line, 2 lines."""
     return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
@@ -153,8 +144,7 @@ def same_settings(path, settings, notes=()):
     folder = os.path.dirname(path)
     if not os.path.exists(path):
         stop_if_foreign(path)
-        write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
-    elif not isinstance(found := read_json(path), dict):
-        raise UserError(f"{path} is no JSON object: move {folder} away, or give another name.")
-    elif what := difference(found, settings):
-        raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")
+        return write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
+    with reading(path, f"move {folder} away, or give another name."):
+        if what := difference(read_json(path), settings):
+            raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from lib import models, plots
-from lib.files import UserError, checksum, count, read_lines, reading, write_file
+from lib.files import UserError, checksum, count, json_lines, reading, write_file
 from lib.processes import from_all, is_first
 
 
@@ -33,7 +33,7 @@ class PairStore:
         if not os.path.isfile(table) or checksum(table) != self.meta["table"]:
             raise UserError(f"{table} is missing or was changed after the pairs were made: make them in a new folder.")
         self.names = ("x_0_w", "x_0_l") if self.meta["negatives"] == "generated" else ("x_0_w",)
-        self.table, self.left_out = read_lines(table), set(self.meta.get("left_out", ()))
+        self.table, self.left_out = [row for _, row in json_lines(table)], set(self.meta.get("left_out", ()))
         self.rows = [row for row in self.table if row["id"] not in self.left_out]
         if not self.rows:
             raise UserError(f"the pair store {folder} has no pairs: all were bad and left out.")

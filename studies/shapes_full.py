@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 import perturb
 import shapes
 from lib import shapes_world as world
-from lib.files import checksum, read_lines, to_lines, write_file
+from lib.files import checksum, json_lines, to_lines, write_file
 from lib.pairs import PairStore
 from lib.plots import markdown_table, plt, save_figure
 from lib.processes import holding, program
@@ -152,9 +152,9 @@ def compare_lengths(home, seed, store):
             folder = os.path.join(place, method, "pipeline")
             if not all(map(os.path.exists, paths)):  # the same run goes on to this update, and is exported
                 folder = tune(place, method, METHODS[method], store, seed, updates)
-            log = read_lines(os.path.join(place, method, "log.jsonl"))[updates - 9:updates + 1]  # row 0: the settings
+            log = [row for _, row in json_lines(os.path.join(place, method, "log.jsonl"))]  # row 0: the settings
             found[method][updates] = scores_at(place, name, folder, seed, (1, GUIDANCE)) | dict(
-                log=[np.mean([row[key] for row in log]) for key in ("winner", "drift")])
+                log=[np.mean([row[key] for row in log[updates - 9:updates + 1]]) for key in ("winner", "drift")])
     return found
 
 
@@ -212,7 +212,7 @@ def draw_lengths(runs, methods, path):
 def variants(home, seed):
     """{name: the pair store}, from that of a seed's experiment: fewer pairs, losers from other noise, c_minus that lost
     little or much."""
-    whole, rows = os.path.join(home, "pairs"), read_lines(os.path.join(home, "rows.jsonl"))
+    whole, rows = os.path.join(home, "pairs"), [row for _, row in json_lines(os.path.join(home, "rows.jsonl"))]
     home, other = os.path.join(home, "variants"), {}
     for share in (0.2, 0.55):
         folder = os.path.join(home, f"{share:.0%}")

@@ -81,7 +81,6 @@ BAD_PAIRS = {  # what was done to the store: the damage, what a run says, what -
     "a flipped bit": (flip_a_bit, "shard-00001.safetensors is missing or damaged", None),
     "a NaN": (lambda s: rewrite(s, change_shard=lambda x: one_number(x, float("nan"))), "x_0_w of the pair p3 has a deviation of nan, which no scaled latents have", None),
     "an infinity": (lambda s: rewrite(s, change_shard=lambda x: one_number(x, float("inf"))), "x_0_w of the pair p3 has a deviation of nan, which no scaled latents have", None),
-    "a malformed line": (lambda s: rewrite(s, lambda rows: [*rows[:2], "{not json", *rows[3:]]), "pairs.jsonl:3: not a JSON object: {not json", None),
     "a changed table": (lambda s: (s / "pairs.jsonl").write_text("x"), "pairs.jsonl is missing or was changed", None),
     "the same c and c_minus": (set_row(4, c_minus="a tall tree on a hill"), None, "pair p4: c and c_minus are the same to the model"),
     "another shape": (set_meta(latents=[4, 16, 16]), "holds latents \\[4, 16, 16\\]", None),

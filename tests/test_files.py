@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lib.files import UserError, read_json, read_lines, same_settings, save_state, to_lines, write_file
+from lib.files import UserError, json_lines, read_json, same_settings, save_state, to_lines, write_file
 from lib.processes import at_least, holding, processes, program
 
 
@@ -110,12 +110,11 @@ def test_bad_json_is_named_by_file_and_line(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(UserError, match=r"a.json cannot be read \(Expecting .*\): it must be whole and valid JSON"):
         read_json(str(tmp_path / "a.json"))
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[2]\n')
-    with pytest.raises(UserError, match=r"a.jsonl:3: not a JSON object: \[2\]"):
-        read_lines(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{2\n')
+    assert list(json_lines(str(tmp_path / "a.jsonl"))) == [(1, dict(a=1)), (3, "{2")]
     rows = [dict(a="ö"), dict(b=None)]
     (tmp_path / "a.jsonl").write_text("\ufeff" + to_lines(rows), encoding="utf-8")  # as Windows' editors write it
-    assert read_lines(str(tmp_path / "a.jsonl")) == rows
+    assert [row for _, row in json_lines(str(tmp_path / "a.jsonl"))] == rows
 
 
 def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):

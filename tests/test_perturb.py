@@ -364,38 +364,35 @@ def test_a_sample_does_not_hold_all_prompts_in_memory(monkeypatch, capsys):
     ('{"prompt": "a red fox, a red dog, a car"}', "longer than twice c"), ('{"prompt": "an animal"}', "no content word of c"),
 ])
 def test_an_answer_is_the_first_json_object_with_a_prompt_that_says_less_of_c(answer, c_minus):
-    told = runs_of("Write a worse one. Leave out the colours of its fox.")
-    try:
-        assert read_answer(answer, "a red Fox", told, alignment=True) == c_minus
-    except ValueError as error:
-        assert c_minus in str(error) and not c_minus.startswith("a fox")
+    found = read_answer(answer, "a red Fox", runs_of("Write a worse one. Leave out the colours of its fox."), alignment=True)
+    assert found == dict(c_minus=c_minus) or found["answer"] == answer and c_minus in found["reason"] and "fox" not in c_minus
 
 
 def test_words_that_the_instruction_shares_with_c_are_no_repetition_and_a_long_run_of_its_words_is():
     told, c = runs_of(perturb.INSTRUCTIONS["llama-alignment"]), "the same scene, an image of a prompt on a screen with many colours and other things to see, of which there are two"
-    assert read_answer('{"prompt": "the same scene"}', c, told, True) == "the same scene"
-    assert read_answer('{"prompt": "an image"}', c, told, True) == "an image"
-    with pytest.raises(ValueError, match="instruction"):
-        read_answer('{"prompt": "screen: Write a worse one, whose image would not show what this"}', c, told, True)
-    with pytest.raises(ValueError, match="instruction"):
-        read_answer('{"prompt": "for a text-to-image model"}', c, told, False)
+    assert read_answer('{"prompt": "the same scene"}', c, told, True) == dict(c_minus="the same scene")
+    assert read_answer('{"prompt": "an image"}', c, told, True) == dict(c_minus="an image")
+    for said in ("screen: Write a worse one, whose image would not show what this", "a screen of two colours, whose image would not show what this one"):
+        assert read_answer(json.dumps(dict(prompt=said)), c, told, True)["reason"] == "the instruction's own words"
+        assert read_answer(json.dumps(dict(prompt=said.replace("would", "will"))), c, told, True) == dict(c_minus=said.replace("would", "will"))
+    assert read_answer('{"prompt": "for a text-to-image model"}', c, told, False)["reason"] == "the instruction's own words"
 
 
-def test_an_answer_in_other_words_is_refused_for_the_alignment_only():
-    with pytest.raises(ValueError, match="no content word"):
-        read_answer('{"prompt": "the fruit on a"}', "two apples on the table", alignment=True)
-    assert read_answer('{"prompt": "the fruit on a"}', "two apples on the table") == "the fruit on a"
-    assert read_answer('{"prompt": "an apple"}', "two apples on the table", alignment=True) == "an apple"
-    assert read_answer('{"prompt": "桌子"}', "桌子上的苹果", alignment=True) == "桌子"
-    with pytest.raises(ValueError, match="no content word"):
-        read_answer('{"prompt": "猫"}', "桌子上的苹果", alignment=True)
+@pytest.mark.parametrize("said, c, good", [
+    ("the fruit on a", "two apples on the table", False), ("an apple", "two apples on the table", True), ("An APPLE!", "two apples, on a table", True),
+    ("桌子", "桌子上的苹果", True), ("猫", "桌子上的苹果", False), ("a pine", "two pineapples", False), ("a thing", "the", True)])
+def test_an_answer_in_other_words_is_refused_for_the_alignment_only(said, c, good):
+    c += " " * 20  # so that no answer is too long
+    assert read_answer(json.dumps(dict(prompt=said)), c) == dict(c_minus=said)
+    found = read_answer(json.dumps(dict(prompt=said)), c, alignment=True)
+    assert found == dict(c_minus=said) if good else found["reason"] == "no content word of c"
 
 
 def test_of_several_negative_prompts_one_usable_is_drawn_by_seed_and_prompt():
     answer = json.dumps(dict(neg_prompts=["a red fox", "a fox", "red", "fox"]))
-    drawn = {seed: read_answer(answer, "a red fox", seed=seed) for seed in range(40)}
-    assert set(drawn.values()) == {"a fox", "red", "fox"} and read_answer(answer, "a red fox", seed=3) == drawn[3]
-    assert len({read_answer(json.dumps(dict(neg_prompts=list("xyz"))), f"x y z {i}") for i in range(40)}) == 3
+    drawn = {seed: read_answer(answer, "a red fox", seed=seed)["c_minus"] for seed in range(40)}
+    assert set(drawn.values()) == {"a fox", "red", "fox"} and read_answer(answer, "a red fox", seed=3) == dict(c_minus=drawn[3])
+    assert len({read_answer(json.dumps(dict(neg_prompts=list("xyz"))), f"x y z {i}")["c_minus"] for i in range(40)}) == 3
 
 
 def rewritten(rows, ask, attempts, seed, batch_size=64):

@@ -14,7 +14,7 @@ import shapes
 from judges import shapes as judge
 from lib import models
 from lib import shapes_world as world
-from lib.files import read_lines
+from lib.files import json_lines
 from lib.pairs import PairStore
 from studies import shapes_full as full
 from studies import shapes_reference
@@ -95,7 +95,7 @@ def test_a_cell_of_the_table_is_the_same_by_the_commands_of_evaluate(tmp_path, m
     monkeypatch.setitem(evaluate.BENCHMARKS, "shapes", (20, lambda data: judge.items(data)[:20], {"shapes": (None, judge.load, "rules")}))
     evaluate.main("generate --model shapes --bench shapes --guidance 3 --seed 0 --out run --batch-size 20".split())
     evaluate.main(["score", "run"])
-    judged = [row["correct"] for row in read_lines("run/scores/shapes.jsonl")]
+    judged = [row["correct"] for _, row in json_lines("run/scores/shapes.jsonl")]
     scored = shapes.score_model("scores.json", "shapes", 0, 3)["correct"]
     assert judged == scored and 4 <= sum(scored) <= 16
 
