@@ -65,6 +65,22 @@ def test_blip_is_asked_with_enc_and_without_padding():
     assert together[0] == pytest.approx(torch.sigmoid(logits[2748] - logits[2053]).item(), abs=1e-6)  # bert's yes and no
 
 
+def test_official_results_are_read_by_the_numbers_of_the_images_once_both_categories_are_there(tmp_path):
+    for category in ("spatial", "complex"):
+        assert compbench.official_spatial(str(tmp_path)) == {}
+        folder = tmp_path / "compbench" / category
+        (folder / "samples").mkdir(parents=True)
+        for k in (0, 1, 123):
+            (folder / "samples" / f"a [dog] 7_{k:06d}.png").write_bytes(b"")
+        (folder / "labels" / "annotation_obj_detection_2d").mkdir(parents=True)
+        (folder / "labels" / "annotation_obj_detection_2d" / "vqa_result.json").write_text(
+            '[{"question_id": 123, "answer": 0.5}, {"question_id": 1, "answer": 1}, {"question_id": 0, "answer": 0.0}]')
+    found = compbench.official_spatial(str(tmp_path))
+    path = "compbench/complex/samples/a [dog] 7_000123.png"
+    assert len(found) == 6 and found[path] == dict(path=path, group="complex", index=12, value=0.5)
+    assert found["compbench/spatial/samples/a [dog] 7_000001.png"]["value"] == 1
+
+
 @pytest.mark.parametrize("text, message", [
     ("{", "cannot be read"), ("5", "not iterable"), ("[1]", "not subscriptable"), ('[{"question_id": 0}]', "'answer'"),
     ('[{"question_id": 0, "answer": "x"}]', "not supported"), ('[{"question_id": 0, "answer": NaN}]', "0 answers to 1 images are between 0 and 1"),
