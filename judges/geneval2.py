@@ -43,9 +43,10 @@ def geneval2_values(rows):
     `probabilities` and `skills` (questions,) and `atom_count`. A skill's score is the mean over questions; its values
     here are the sums over a prompt's questions, divided by how many of them such a prompt has on average."""
     p = [100 * np.array(row["probabilities"], float) for row in rows]
-    am, atoms, skills = np.array([x.mean() for x in p]), np.array([row["atom_count"] for row in rows]), {}
+    am, atoms = np.array([x.mean() for x in p]), np.array([row["atom_count"] for row in rows])
     with np.errstate(divide="ignore"):  # log 0 = -inf, and exp of that is 0 again
         gm = np.array([np.exp(np.log(x).mean()) for x in p])
+    skills = {}
     for skill in sorted({skill for row in rows for skill in row["skills"]}):
         own = [x[np.array(row["skills"]) == skill] for x, row in zip(p, rows) if skill in row["skills"]]
         skills[skill] = np.array([x.sum() for x in own]) / np.mean([len(x) for x in own])

@@ -19,7 +19,7 @@ import transformers
 from judges.shared import cosine, fetch_lines, fetch_text, from_hub, from_url, normalised, rename, unit
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
-PROMPTS = "https://huggingface.co/datasets/zhwang/HPDv2/resolve/main/benchmark/{}.json"  # of no known commit
+PROMPTS = "https://huggingface.co/datasets/zhwang/HPDv2/resolve/main/benchmark/{}.json"  # its commits are not known
 PARTI = "https://raw.githubusercontent.com/google-research/parti/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071/PartiPrompts.tsv"
 CLIP_B, CLIP_H = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICK, HPS = "yuvalkirstain/PickScore_v1", "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt"

@@ -70,7 +70,7 @@ LINES = [("DDSPO", 2), ("DDSPO", 64), ("D-DPO", 1), ("D-DPO", 2), ("D-DPO", 16),
 COLOURS = ["C0", "navy", "lightpink", "C3", "brown", "black", "silver"]
 
 
-def draw_lines(measured, path):
+def draw_alignment(measured, path):
     """Prints and draws alignment and size against t; measured {(method, N): the result of `measure`}."""
     alignment, size = ({f"{name}, N = {n}": x[i] for (name, n), x in measured.items()} for i in (0, 1))
     size["to correct: mean r²"] = measured["D-DPO", 2][2]
@@ -129,8 +129,8 @@ def main(argv=None):
     torch.set_num_threads(1)  # as in toy2d.py
     refs = {seed: toy2d.train_reference(seed) for seed in tqdm(toy2d.SEEDS, "references", leave=False)}
     draw_arrows(refs[2], 2, fig1)  # the seed that Fig. 2 shows
-    draw_lines({(name, n): measure(refs, n, toy2d.OBJECTIVES[name]) for name, n in tqdm(LINES, "lines", leave=False)},
-               args.out)
+    measured = {(name, n): measure(refs, n, toy2d.OBJECTIVES[name]) for name, n in tqdm(LINES, "lines", leave=False)}
+    draw_alignment(measured, args.out)
 
 
 if __name__ == "__main__":
