@@ -173,7 +173,7 @@ def find_tasks(run, args):
                 continue
             own = [row for row in rows if groups is None or row["group"] in groups]
             batches = [own[start:start + args.batch_size] for start in range(0, len(own), args.batch_size)]
-            origin = shared.origin_of(settings, bench, weights)
+            origin = settings | dict(lists=settings["lists"][bench], judge=weights)
             scores = shared.read_scores(run, name, origin)
             left = [batch for batch in batches if any({row["path"], "all"}.isdisjoint(scores) for row in batch)]
             yield run, name, origin, left, load

@@ -80,14 +80,10 @@ def read_settings(run):
     return found
 
 
-def origin_of(settings, bench, judge):
-    """What scores belong to: a run's images, the list of their prompts, and the weights of the judge."""
-    return {key: settings[key] for key in FIXED} | dict(prompts=settings["lists"].get(bench), judge=judge)
-
-
 def read_scores(run, name, origin):
     """{path of an image: its row} of what a judge has found so far, without a last line that a stopped run left
-    unfinished. FID and IS are one row, that of "all". Raises UserError if the scores are of another origin."""
+    unfinished. FID and IS are one row, that of "all". Raises UserError if the scores are of another `origin`: the run's
+    settings, with the checksum of one list of prompts and the weights of the judge."""
     folder, rows = os.path.join(run, "scores", name), {}
     path, (key, most) = folder + (".json" if name == "coco" else ".jsonl"), VALUES.get(name, ("value", 101))
     if not os.path.exists(path):

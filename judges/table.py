@@ -3,7 +3,7 @@
 import os
 
 from judges import compbench, geneval2
-from judges.shared import interval, origin_of, per_prompt, read_scores, read_settings
+from judges.shared import interval, per_prompt, read_scores, read_settings
 from lib.files import UserError
 from lib.plots import markdown_table
 
@@ -54,8 +54,7 @@ NOTES = {
     "CB": "complex as the authors run it, without the official `--complex True`; spaCy 3.8 in place of 3.5.",
     "CB~": "with OWLv2 in place of UniDet in spatial~ and complex~: no T2I-CompBench scores. For CB, run the official "
            "UniDet_eval/2D_spatial_eval.py --outpath on compbench/spatial and compbench/complex, and `table` again.",
-    "HPSv2": "version 2.0, tensors resized without antialias, as torchvision did before 0.17; in float32.",
-    "HPSv2.1": "the same network with the weights of version 2.1, on another scale than the paper's numbers.",
+    "HPSv2": "version 2.0, without antialias, as torchvision did before 0.17; in float32. 2.1 has another scale.",
     "FID": "30,000 images by BK-SDM's protocol, without an interval: it is no mean over prompts.",
     "GenEval 2 AM": "Soft-TIFA, none of the paper's. It changes by a factor of two with guidance and steps: compare "
                     "runs of equal guidance, steps, pixels and seed, which stand below."}
@@ -94,7 +93,7 @@ def collect(run, settings, benchmarks):
     scores, found = {}, {}
     for bench, (count, _, judges) in benchmarks.items():
         for name, (groups, _, weights) in judges.items():
-            rows = read_scores(run, name, origin_of(settings, bench, weights))
+            rows = read_scores(run, name, settings | dict(lists=settings["lists"].get(bench), judge=weights))
             whole = count * len(groups) // len(compbench.CATEGORIES) if groups else count
             scores[name] = rows if "all" in rows or len(rows) == whole else {}
     for metric, (_, *plain) in COLUMNS.items():
@@ -117,10 +116,9 @@ def collect(run, settings, benchmarks):
     return found | scores["coco"].get("all", {})
 
 
-def compare(found, base, lists):
-    """{metric: found less base, prompt by prompt}, of the benchmarks in `lists` but for FID and IS."""
-    both = [metric for metric in found if metric in base and bench_of(metric) in lists and bench_of(metric) != "coco"]
-    return {metric: {group: x - base[metric][group] for group, x in found[metric].items()} for metric in both}
+def less(found, base):
+    """{group: (prompts,)}: a metric of a run less the same of another, prompt by prompt."""
+    return {group: values - base[group] for group, values in found.items()}
 
 
 def make_table(runs, benchmarks):
@@ -136,13 +134,15 @@ def make_table(runs, benchmarks):
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
         remarks.append(f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
                                               if value is not None and key != "lists"))
-    for run in runs[1:]:
-        same = dict(settings[run]["lists"].items() & settings[runs[0]]["lists"].items())
-        paired = compare(found[run], found[runs[0]], same)
-        if paired and settings[run]["seed"] == settings[runs[0]]["seed"]:
-            rows[f"{run} − {runs[0]}"] = {metric: interval(value) for metric, value in paired.items()}
+    first, *others = runs
+    for run in others:
+        same = {bench for bench, _ in settings[run]["lists"].items() & settings[first]["lists"].items()} - {"coco"}
+        both = [metric for metric in found[run] if metric in found[first] and bench_of(metric) in same]
+        if both and settings[run]["seed"] == settings[first]["seed"]:
+            rows[f"{run} − {first}"] = {metric: interval(less(found[run][metric], found[first][metric]))
+                                        for metric in both}
         else:
-            remarks.append(f"{run} and {runs[0]} share no benchmark with the same seeds and prompts: no differences.")
+            remarks.append(f"{run} and {first} share no benchmark with the same seeds and prompts: no differences.")
     paper = {f"paper, {source}: {row}": {  # the paper's GenEval is by the lenient rule
         "GenEval, lenient" if metric == "GenEval" else metric: dict(mean=x) for metric, x in values.items()}
         for source, preset, row, values in PAPER if preset in {one["base"] for one in settings.values()}}

@@ -39,12 +39,11 @@ def set_count(monkeypatch, bench, count):
     monkeypatch.setitem(evaluate.BENCHMARKS, bench, (count, items, judges))
 
 
-def collect(run, settings=None):
-    return table.collect(str(run), settings or shared.read_settings(str(run)), evaluate.BENCHMARKS)
+def collect(run):
+    return table.collect(str(run), shared.read_settings(str(run)), evaluate.BENCHMARKS)
 
 
 def test_geneval_table_entries_are_those_of_summary_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "origin_of", lambda settings, bench, judge: {})
     for case in tiny_judges.golden("geneval_summary_cases.jsonl"):
         rows, index, image = [], {}, {}
         for row in case["results"]:
@@ -54,8 +53,9 @@ def test_geneval_table_entries_are_those_of_summary_scores(tmp_path, monkeypatch
         set_count(monkeypatch, "geneval", len(rows))
         shutil.rmtree(tmp_path / "scores", ignore_errors=True)
         write_file(str(tmp_path / "scores" / "geneval.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-        write_file(str(tmp_path / "scores" / "geneval" / "settings.json"), "{}")
-        found = collect(tmp_path, dict.fromkeys([*shared.FIXED, "lists"], {}))
+        note = dict(lists=None, judge=evaluate.BENCHMARKS["geneval"][2]["geneval"][2])
+        write_file(str(tmp_path / "scores" / "geneval" / "settings.json"), json.dumps(note))
+        found = table.collect(str(tmp_path), dict(lists={}), evaluate.BENCHMARKS)
         assert f"{shared.interval(found['GenEval'])['mean']:.5f}" == case["official"]["overall"]
         for tag, share in case["official"]["tasks"].items():
             assert f"{shared.interval(found['GenEval: ' + tag])['mean']:.2%}" == share
@@ -680,10 +680,10 @@ def test_a_benchmark_is_compared_where_both_runs_have_it(world, sd, judges):
         (world / name / "scores" / "pick.jsonl").write_text("".join(json.dumps(row | dict(value=row["value"] + change)) + "\n" for row in lines))
     found = json.loads((world / "d" / "settings.json").read_text())
     (world / "d" / "settings.json").write_text(json.dumps(found | dict(lists=found["lists"] | dict(pick="other prompts"))))
-    with pytest.raises(SystemExit, match="scores/pick was begun with other prompts|scores/pick was begun with prompts"):
+    with pytest.raises(SystemExit, match="scores/pick was begun with other lists|scores/pick was begun with lists"):
         evaluate.main(["table", str(world / "d"), "--out", str(world / "t.md")])
     note = world / "d" / "scores" / "pick" / "settings.json"
-    note.write_text(json.dumps(json.loads(note.read_text()) | dict(prompts="other prompts")))
+    note.write_text(json.dumps(json.loads(note.read_text()) | dict(lists="other prompts")))
     evaluate.main(["table", *[str(world / name) for name in "acd"], "--out", str(world / "t.md")])
     runs = json.loads((world / "t.json").read_text())["runs"]
     assert runs[f"{world / 'c'} − {world / 'a'}"]["PickScore"] == pytest.approx(dict(mean=3, low=3, high=3))
