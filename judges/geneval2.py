@@ -39,18 +39,17 @@ def geneval2_answers(question, answer):
 
 
 def geneval2_values(rows):
-    """What the scores are means of, in percent: AM, GM, {skill: AM} and {atom_count: GM}, each (prompts,), of rows with
+    """What the scores are means of, in percent: {"AM", "GM", "AM: SKILL", "GM: N atoms": (prompts,)} of rows with
     `probabilities` and `skills` (questions,) and `atom_count`. A skill's score is the mean over questions; its values
     here are the sums over a prompt's questions, divided by how many of them such a prompt has on average."""
     p = [100 * np.array(row["probabilities"], float) for row in rows]
-    am, atoms = np.array([x.mean() for x in p]), np.array([row["atom_count"] for row in rows])
+    found, atoms = {"AM": np.array([x.mean() for x in p])}, np.array([row["atom_count"] for row in rows])
     with np.errstate(divide="ignore"):  # log 0 = -inf, and exp of that is 0 again
-        gm = np.array([np.exp(np.log(x).mean()) for x in p])
-    skills = {}
+        found["GM"] = np.array([np.exp(np.log(x).mean()) for x in p])
     for skill in sorted({skill for row in rows for skill in row["skills"]}):
         own = [x[np.array(row["skills"]) == skill] for x, row in zip(p, rows) if skill in row["skills"]]
-        skills[skill] = np.array([x.sum() for x in own]) / np.mean([len(x) for x in own])
-    return am, gm, skills, {count: gm[atoms == count] for count in np.unique(atoms).tolist()}
+        found[f"AM: {skill}"] = np.array([x.sum() for x in own]) / np.mean([len(x) for x in own])
+    return found | {f"GM: {count} atoms": found["GM"][atoms == count] for count in np.unique(atoms)}
 
 
 def first_token(net, tokenizer, seen, questions):

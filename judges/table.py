@@ -109,10 +109,7 @@ def collect(run, settings, benchmarks):
             found[f"{metric}: {group}{mark if group in ('spatial', 'complex') else ''}"] = {group: values}
     if scores["geneval2"]:
         in_order = sorted(scores["geneval2"].values(), key=lambda row: row["index"])
-        am, gm, skills, atoms = geneval2.geneval2_values(in_order)
-        found |= {"GenEval 2 AM": dict(all=am), "GenEval 2 GM": dict(all=gm)}
-        found |= {f"GenEval 2 AM: {skill}": dict(all=x) for skill, x in skills.items()}
-        found |= {f"GenEval 2 GM: {count} atoms": dict(all=x) for count, x in atoms.items()}
+        found |= {f"GenEval 2 {name}": dict(all=x) for name, x in geneval2.geneval2_values(in_order).items()}
     return found | scores["coco"].get("all", {})
 
 
