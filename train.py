@@ -140,7 +140,7 @@ def gradient(run, update, batch, bar):
     for part in micro_batches(run.store, run.model, args, batch[mine], run.device):
         with precision(run.device, run.precision):
             loss, info = step_loss(run.model, run.policies, *part, args.objective, args.beta, args.side, args.scale)
-        run.scaler.scale(loss.sum() / args.micro_batch).backward()  # a mean: fp16 overflows for no size of micro-batch
+        run.scaler.scale(loss.sum() / args.micro_batch).backward()  # a mean: no overflow depends on --micro-batch
         rows.append(torch.stack([*info.values(), part[4]], 1))  # (B, columns)
         bar.update(min(run.world * len(loss), (update + 1) * args.batch_size - bar.n))
     record = torch.zeros(args.batch_size, len(info) + 1, device=run.device)
@@ -209,7 +209,7 @@ def set_up(args, rank, world, device):
     parameters = [p for p in model.net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     scaler = torch.amp.GradScaler(device.type, FIRST_SCALE, growth_interval=GROW_AFTER, enabled=name == "fp16")
-    note = functools.cache(lambda text: tqdm.write("note: " + text, file=sys.stderr) if rank == 0 else None)  # once
+    note = functools.cache(lambda text: tqdm.write("note: " + text, file=sys.stderr) if rank == 0 else None)
     return types.SimpleNamespace(
         args=args, rank=rank, world=world, device=device, store=store, model=model, policies=policies,
         networks=networks, precision=name, parameters=parameters, optimizer=optimizer, scaler=scaler, note=note,
@@ -241,8 +241,8 @@ def prepare(run):
     if run.args.checkpointing:
         run.model.net.enable_gradient_checkpointing()
     for network in run.networks:
-        for module in network.modules() if run.precision in HALF else ():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+        for module in network.modules():
+            if run.precision in HALF and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 for p in module.parameters(recurse=False):
                     p.data = p.data if p.requires_grad else p.data.to(HALF[run.precision])
         if run.args.compile:  # the backward is traced too, and SANA's would be cast to fp16 and overflow there
@@ -314,7 +314,7 @@ def check(args):
     exports = os.path.exists(os.path.join(args.out, f"checkpoint-{args.updates:06d}.pt"))  # and trains no more
     if args.warmup > args.updates and not exports:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates: give no more.")
-    if not torch.cuda.is_available() and (args.precision == "tf32" or args.compile):  # which loses a gradient there
+    if not torch.cuda.is_available() and (args.precision == "tf32" or args.compile):  # torch 2.13 loses a gradient
         raise UserError("--precision tf32 and --compile are for GPUs: on a CPU take fp32 and no --compile.")
     if args.batch_size < int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"--batch-size {args.batch_size} is less than a pair a process: start fewer of them.")

@@ -27,8 +27,6 @@ def program(main):
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
         try:
-            if sys.flags.optimize > 1:
-                raise UserError("python -OO drops the texts that --help shows: start without -OO.")
             result = main(argv)
             sys.stdout.flush()
             return result
@@ -38,7 +36,7 @@ def program(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails too
             message = f"stopped, because nothing reads the output any more. {AGAIN}"
         except torch.OutOfMemoryError as error:
-            message = f"out of memory: give a smaller --batch-size, or --micro-batch, or --checkpointing. {error}"
+            message = f"out of memory: lower --batch-size, --micro-batch or --lora-rank, or give --checkpointing. {error}"
         except (OSError, SafetensorError) as error:
             message = f"cannot read or write: {error}. What was written before is kept: run the same command again."
         except KeyboardInterrupt:
@@ -134,9 +132,8 @@ def barrier():
 
 def from_all(value):
     """The value that each process has here, in a list."""
-    values = [value]
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
-        values *= dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
 

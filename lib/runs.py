@@ -6,7 +6,6 @@
     pipeline/ or lora/       the result: a diffusers folder, or an adapter for load_lora_weights
 """
 
-import glob
 import json
 import math
 import os
@@ -112,8 +111,8 @@ def save_checkpoint(run, update):
 
 def checkpoints(folder):
     """The checkpoints' paths, newest first. Whatever else lies beside them is left alone."""
-    paths = glob.glob(os.path.join(glob.escape(folder), f"checkpoint-{'[0-9]' * 6}.pt"))
-    return sorted(filter(os.path.isfile, paths), reverse=True)
+    paths = [path for path in pathlib.Path(folder).glob(f"checkpoint-{'[0-9]' * 6}.pt") if path.is_file()]
+    return sorted(map(str, paths), reverse=True)
 
 
 def read_checkpoint(path):
@@ -189,14 +188,12 @@ def add_row(run, board, update, columns, **more):
         for k, value in enumerate(values if isinstance(values, list) else [values]):
             if value is not None:
                 board.add_scalar(f"{name}/{k}" if isinstance(values, list) else name, value, update)
-    if board:
         board.flush()
     return row
 
 
 def check_update(run, update, batch, columns, norm):
-    """Raises UserError, before anything of an update is kept, if a loss or the gradient is not finite, or if the first
-    update shows a fault. Says what is worth a note."""
+    """Raises UserError, before an update is kept, if it is not finite or begins wrongly. Says what is worth a note."""
     bad = [run.store.rows[batch[i][1]]["id"] for i in np.flatnonzero(~np.isfinite(columns["loss"]))]
     if bad or not math.isfinite(norm) and (not run.scaler.is_enabled() or run.scaler.get_scale() < 1):
         what = f"the loss of the pairs {bad[:10]}" if bad else "the gradient, though no loss,"
@@ -233,12 +230,15 @@ def finish(run):
     files.write_file(note, json.dumps(vars(args) | more, indent=1) + "\n")
     if not os.path.exists(os.path.join(folder, "README.md")):  # which its user may have written
         files.write_file(os.path.join(partial, "README.md"), model_card(args, more["model"]))
-    for path in glob.glob(os.path.join(glob.escape(partial), "**", "*.safetensors"), recursive=True):
+    for path in pathlib.Path(partial).rglob("*.safetensors"):
         shutil.copymode(note, path)  # safetensors makes files that only their writer may read
     files.replace_folder(partial, folder)
     print(f"wrote {folder}\nnext:  python evaluate.py grid --models {shlex.join([args.model, folder])} --prompts "
           "examples/prompts.txt")
-    plots.draw_curves(os.path.join(args.out, "log.jsonl"))
+    try:
+        plots.draw_curves(os.path.join(args.out, "log.jsonl"))
+    except (OSError, UserError) as error:
+        run.note(f"curves.png was not drawn ({error}): the same command does it when this is solved")
 
 
 def model_card(args, base):

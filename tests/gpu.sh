@@ -9,12 +9,12 @@ part=$1 size=${2:-gpu}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 if [ "$size" = small ]; then
     export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-    unet=mid others=mid flags="--seconds 1" steady=2 sampling="--steps 2" family="sd" few=4
+    unet="mid" others=("mid --lora-rank 2") flags="--seconds 1" compile="" steady=2 sampling="--steps 2" family="sd" few=4
 else
     nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
     if [ -d wheels ]; then pip install -q --no-deps wheels/*.whl; fi
-    unet=sd14 others="sana sdxl" flags="--precision fp16 --compile --seconds 20" steady=60
-    sampling="--batch-size 32" family="sd14" few=64
+    unet="sd14" others=("sana --micro-batch 16 --lora-rank 128" sdxl) flags="--precision fp16 --seconds 60"
+    compile="--compile" steady=180 sampling="--batch-size 32" family="sd14" few=64
 fi
 python -c 'import torch, diffusers, transformers as t; print("torch", torch.__version__, "diffusers", diffusers.__version__, "transformers", t.__version__)'
 work=$(mktemp -d)
@@ -34,9 +34,9 @@ PYTHON
 }
 
 case $part in
-a)  # the step, eager and compiled, beside the plain one; then a steady minute
-    python tests/bench.py --model $unet $flags
-    python tests/bench.py --model $unet $flags --seconds $steady
+a)  # the step beside the plain one, eager and compiled; then a steady minute of each
+    python tests/bench.py --model $unet --micro-batch 24 $flags
+    python tests/bench.py --model $unet --micro-batch 24 $flags $compile --seconds $steady
     ;;
 b)  # real training: the small model of this repository, stopped and resumed; then SD-1.4's size with two micro-batches
     make_model
@@ -64,11 +64,11 @@ c)  # making pairs, eager and compiled; images of a benchmark, with their files
     time python evaluate.py generate --model "$work/model" --bench shapes --steps 2 --batch-size 32 --out "$work/images"
     ;;
 d)  # SANA with LoRA, SDXL, and SD-1.4 with other micro-batches
-    for model in $others; do
-        python tests/bench.py --model $model $flags
+    for model in "${others[@]}"; do
+        python tests/bench.py --model $model $flags $compile
     done
     for micro in 8 16 32; do
-        python tests/bench.py --model $unet $flags --micro-batch $micro
+        python tests/bench.py --model $unet $flags $compile --micro-batch $micro
     done
     ;;
 *)  echo "give a part: a, b, c or d" >&2; exit 2 ;;
