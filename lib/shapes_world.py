@@ -171,8 +171,7 @@ def which_shape(own):
 
 def judge_image(image, prompt):
     """dict(correct, reason): whether an image, (32, 32, 3) uint8 or PIL, shows what is asked for and nothing else. The
-    reason is the first thing wrong, of the match of objects that gets farthest: number, shapes, colors, sizes, place.
-    """
+    reason is the first thing wrong, of the match of objects that gets farthest: shapes, colors, sizes or place."""
     found, wanted, right = find_objects(np.array(image)), prompt["objects"], []
     if len(found) != len(wanted):
         return dict(correct=False, reason="number")

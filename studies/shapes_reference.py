@@ -104,8 +104,7 @@ def main(argv=None):
         vae = fit(vae, functools.partial(autoencoder_loss, vae, images), [AUTOENCODER_UPDATES], 3e-3,
                   f"{folder}/autoencoder.pt")
         with torch.no_grad():
-            latents = [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(256)]
-        latents = torch.cat(latents)
+            latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images.split(256)])
         vae.register_to_config(scaling_factor=1 / latents.std().item())
         latents *= vae.config.scaling_factor
         ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -1,5 +1,6 @@
 """shapes.py and its studies: the training from scratch, and the experiment in small."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import shapes
@@ -96,7 +97,7 @@ def test_a_cell_of_the_table_is_the_same_by_the_commands_of_evaluate(tmp_path, m
     evaluate.main("generate --model shapes --bench shapes --guidance 3 --seed 0 --out run --batch-size 20".split())
     evaluate.main(["score", "run"])
     judged = [row["correct"] for _, row in json_lines("run/scores/shapes.jsonl")]
-    scored = shapes.score_model("scores.json", "shapes", 0, 3)["correct"]
+    scored = shapes.score_model(".", "Reference", 0, 3)["correct"]
     assert judged == scored and 4 <= sum(scored) <= 16
 
 
@@ -216,20 +217,28 @@ def test_the_experiment_runs_and_goes_on_where_it_was_stopped(small, capsys):
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if "DDSPO" not in str(path))
 
 
-def test_a_folder_that_was_begun_with_another_reference_is_refused(small):
+def test_a_folder_that_was_begun_with_other_settings_or_another_reference_is_refused(small, reference, monkeypatch):
+    store = shapes.make_store("home", shapes.perturbed("home", 0, 4), 0)
+    other = shutil.copytree(reference, "other")
+    weights = load_file(f"{other}/unet/diffusion_pytorch_model.safetensors")
+    save_file({name: x + 1 for name, x in weights.items()}, f"{other}/unet/diffusion_pytorch_model.safetensors")
+    monkeypatch.setitem(models.PRESETS, "shapes", other)
+    with pytest.raises(SystemExit, match=f"{store} was begun with other weights than now"):
+        shapes.make_store("home", shapes.perturbed("home", 0, 4), 0)
     (small / "runs" / "shapes").mkdir(parents=True)
-    (small / "runs" / "shapes" / "settings.json").write_text(json.dumps(dict(reference="another")))
-    with pytest.raises(SystemExit, match="was begun with reference another"):
+    (small / "runs" / "shapes" / "settings.json").write_text(json.dumps(dict(shapes.METHODS, guidance=3, updates=7)))
+    with pytest.raises(SystemExit, match="runs/shapes was begun with updates 7, not 1"):
         shapes.main([])
+    assert not (small / "runs" / "shapes" / "prompts.txt").exists()
 
 
 def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
     monkeypatch.setattr(full, "FULL_PAIRS", 32)
     monkeypatch.setattr(full, "FEW_PAIRS", (4, 16, 32))
-    rows = shapes.perturbed("home", 0, 32)
-    whole = PairStore(shapes.make_store("home", rows, 0))
-    found = {name: PairStore(store) for name, store in full.variants("home", 0).items()}
-    noise = PairStore("home/variants/other noise/pairs")
+    found = {name: PairStore(store) for name, store in full.other_stores("home", 0).items()}
+    whole, noise = PairStore("home/pairs"), PairStore("home/other noise/pairs")
+    rows = whole.rows
+    assert len(whole) == 32 and found["32 pairs"].rows == rows
     assert [row["c_minus"] for row in noise.rows] == [row["c_minus"] for row in whole.rows]
     assert not (noise[0][1] == whole[0][1]).all()
     for n in (4, 16):
@@ -242,7 +251,8 @@ def test_variants_hold_the_pairs_that_their_names_say(small, monkeypatch):
             assert (mixed_w == whole[i][1]).all() and (mixed_l == noise[i][2]).all() and not (mixed_l == x_0_l).all()
     assert len(found["32 pairs, losers of other noise"]) == 32
     thirds = [found[f"c_minus lost {which}"] for which in ("least", "more", "most")]
-    least, more, most = ([full.kept_share(row) for row in third.rows] for third in thirds)
+    words = lambda text: [word for word in text.split() if word in world.CONTENT]  # noqa: E731
+    least, more, most = ([len(words(row["c_minus"])) / len(words(row["c"])) for row in third.rows] for third in thirds)
     assert [len(least), len(more), len(most)] == [11, 11, 10] and least[0] > most[-1]
     assert min(least) >= max(more) >= min(more) >= max(most)
     row, x_0_w, x_0_l = thirds[0][0]
@@ -258,25 +268,27 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
     """With the pair stores as they are, but without training: a drawn score for each place where one would be kept."""
     tuned = set()
 
-    def tune(home, method, flags, store, seed, updates=None):
-        assert os.path.exists(store) and f"seed-{seed}" in store
-        assert flags[-4:] == ["--beta", 1000, "--lr", 3e-5] or method in ("Distilled", "Distilled, no prompt", "Rand-positive", "Not-paired")
-        tuned.add((os.path.relpath(store, f"runs/shapes-full/seed-{seed}"), os.path.relpath(home, f"runs/shapes-full/seed-{seed}"), method, updates, seed))
-        os.makedirs(os.path.join(home, method), exist_ok=True)
-        if not os.path.exists(os.path.join(home, method, "pipeline")):
-            os.symlink(models.PRESETS["shapes"], os.path.join(home, method, "pipeline"))
-        with open(os.path.join(home, method, "log.jsonl"), "w") as file:
-            for n in range((updates or 1) + 1):
-                file.write(json.dumps(dict(update=n, winner=n, drift=2 * n)) + "\n")
-        return os.path.join(home, method, "pipeline")
+    def tune(home, name, flags, store, seed):
+        assert home == f"runs/shapes-full/seed-{seed}" and os.path.exists(store) and store.startswith(home + "/")
+        method = name if name in full.METHODS else name.split(", ")[0]
+        assert {key: value for key, value in flags.items() if key != "--updates"} == full.METHODS[method]
+        tuned.add((os.path.relpath(store, home), name, flags.get("--updates"), seed))
+        os.makedirs(os.path.join(home, name), exist_ok=True)
+        if not os.path.exists(os.path.join(home, name, "pipeline")):
+            os.symlink(models.PRESETS["shapes"], os.path.join(home, name, "pipeline"))
+        with open(os.path.join(home, name, "log.jsonl"), "w") as file:
+            for n in range(flags.get("--updates", 1) + 1):
+                file.write(json.dumps(dict(update=n, winner=n * (seed + 1), drift=2 * n)) + "\n")
 
     asked = {}
 
-    def score_model(path, folder, seed, guidance, negatives=None):
-        assert f"seed-{seed}" in path and (folder == "shapes" or folder.startswith(os.path.dirname(path)))
+    def score_model(home, name, seed, guidance, negatives=None):
+        assert home == f"runs/shapes-full/seed-{seed}"
+        assert name.startswith("Reference") or (os.path.relpath(f"{home}/{name}/pipeline") and os.path.isdir(f"{home}/{name}/pipeline"))
         if negatives:
-            asked[path] = negatives
-        return dict(correct=(np.random.default_rng(list(path.encode())).random(20) < 0.5).tolist(), frechet=1.0)
+            asked[seed, name, guidance] = negatives
+        rng = np.random.default_rng(list(f"{seed} {name} {guidance:g}".encode()))
+        return dict(correct=(rng.random(20) < 0.5).tolist(), frechet=rng.random())
 
     monkeypatch.setattr(full, "tune", tune)
     monkeypatch.setattr(full, "score_model", score_model)
@@ -286,20 +298,27 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
     text = {path.stem: path.read_text() for path in home.glob("*.md")}
     assert text.keys() == {"methods", "controls", "length", "variants"}
 
-    def share(place, g, seeds=(0, 1)):
-        return np.mean([score_model(f"runs/shapes-full/seed-{seed}/{place}-guidance{g}.json", "shapes", seed, g)["correct"] for seed in seeds])
+    def drawn(name, g, what, seeds):
+        return np.mean([score_model(f"runs/shapes-full/seed-{seed}", name, seed, g)[what] for seed in seeds])
+
+    def share(name, g, seeds=(0, 1)):
+        return drawn(name, g, "correct", seeds)
+
+    def distance(name, g, seeds=(0, 1)):
+        return f"{drawn(name, g, 'frechet', seeds):.2f}"
 
     def table(text, first):
         lines = text[text.index(f"| {first} |"):].split("\n\n")[0].strip().split("\n")
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "| --- |" not in line]
 
     # what was tuned, on which pairs
-    variants = ["20% removed", "55% removed", "100% removed", "4 pairs", "4 pairs, losers of other noise", "9 pairs, losers of other noise",
-                "c_minus lost least", "c_minus lost more", "c_minus lost most"]
+    variants = ["9 pairs", "20% removed", "55% removed", "100% removed", "4 pairs", "4 pairs, losers of other noise",
+                "9 pairs, losers of other noise", "c_minus lost least", "c_minus lost more", "c_minus lost most"]
     for seed in (0, 1):
-        expected = {("pairs without c_minus" if "no prompt" in method else "pairs", ".", method, None, seed) for method in full.METHODS}
-        expected |= {("pairs", "length", method, updates, seed) for method in ("D-DPO", "DDSPO") for updates in full.LENGTHS}
-        expected |= {(f"variants/{name}/pairs", f"variants/{name}", method, None, seed) for name in variants for method in ("D-DPO", "DDSPO")}
+        expected = {("pairs without c_minus" if "no prompt" in method else "pairs", method, None, seed) for method in full.METHODS}
+        expected |= {("pairs", f"{method}, {updates} updates", updates, seed) for method in ("D-DPO", "DDSPO") for updates in full.LENGTHS}
+        expected |= {("pairs" if name == "9 pairs" else f"{name}/pairs", f"{method}, {name}", None, seed)
+                     for name in variants for method in ("D-DPO", "DDSPO")}
         assert {row for row in tuned if row[-1] == seed} == expected
     rows = PairStore("runs/shapes-full/seed-1/pairs without c_minus").rows
     assert {row["c_minus"] for row in rows} == {""} and len(rows) == 9
@@ -308,8 +327,8 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
     for g in (1, 3, 5):
         rows = [row for row in table(text["methods"].split("| model |", 1 + (3, 1, 5).index(g))[-1].join(["| model |", ""]), "model")]
         assert [row[0] for row in rows[1:]] == ["Reference", *full.METHODS]
-        for name, guidance, right, *differences, _ in rows[1:]:
-            assert guidance == str(g) and right.startswith(f"{share(name, g):.3f} [")
+        for name, guidance, right, *differences, frechet in rows[1:]:
+            assert guidance == str(g) and right.startswith(f"{share(name, g):.3f} [") and frechet == distance(name, g)
             for other, difference in zip(("Reference", "D-DPO", "Distilled"), differences, strict=True):
                 assert difference == "" if name in ("Reference", other) else difference.startswith(f"{share(name, g) - share(other, g):+.3f} [")
     best = table(text["methods"], "at its best guidance")
@@ -320,86 +339,89 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
     # the reference with c_minus as negative prompt
     rows, every = table(text["controls"], "c_minus has lost"), {}
     for name, *cells in rows[1:]:
-        low, high = full.SHARES[name]
+        (low, high), whole = full.SHARES[name], f"Reference, c_minus less {name} as negative prompt"
         for g, cell in zip(full.NEGATIVE_SCALES, cells, strict=True):
-            every[name, g] = share(f"negative prompt/{low:g}-{high:g}", f"{g:g}", [100])
+            every[name, g] = share(whole, g, [100])
             assert cell == f"{every[name, g]:.3f}"
-            lost = [1 - len(c_minus.split()) / len(p["caption"].split()) for c_minus, p in
-                    zip(asked[f"runs/shapes-full/seed-100/negative prompt/{low:g}-{high:g}-guidance{g:g}.json"], shapes.scored_prompts(100), strict=True)]
+            lost = [1 - len(c_minus.split()) / len(p["caption"].split())
+                    for c_minus, p in zip(asked[100, whole, g], shapes.scored_prompts(100), strict=True)]
             assert low - 0.1 < np.mean(lost) < high + 0.1
     name, g = max(every, key=every.get)
-    found = share("negative prompt/{:g}-{:g}".format(*full.SHARES[name]), f"{g:g}")
-    assert f"The best of these, {name} and scale {g:g}, on the three other seeds: {found:.3f} [" in text["controls"]
+    best = f"Reference, c_minus less {name} as negative prompt"
+    assert (f"The best of these, {name} and scale {g:g}, on the three other seeds: {share(best, g):.3f} [" in text["controls"]
+            and text["controls"].endswith(f"Fréchet distance {distance(best, g)}\n"))
+    assert {seed for seed, *which in asked if which == [best, g]} == {0, 1, 100}
 
     # lengths
     rows = table(text["length"], "method")
     assert [row[:2] for row in rows[1:]] == [[method, str(n)] for method in ("D-DPO", "DDSPO") for n in full.LENGTHS]
-    for method, n, at_1, _, at_3, _, winner, drift in rows[1:]:
-        assert at_1.startswith(f"{share(f'length/{method}, {n} updates', 1):.3f} [") and at_3.startswith(f"{share(f'length/{method}, {n} updates', 3):.3f} [")
-        last = range(int(n) - 9, int(n) + 1)  # the run's last ten updates up to this one
-        assert (winner, drift) == (f"{np.mean(last):.2g}", f"{2 * np.mean(last):.2g}")
+    for method, n, at_1, frechet_1, at_3, frechet_3, winner, drift in rows[1:]:
+        name = f"{method}, {n} updates"
+        assert at_1.startswith(f"{share(name, 1):.3f} [") and at_3.startswith(f"{share(name, 3):.3f} [")
+        assert (frechet_1, frechet_3) == (distance(name, 1), distance(name, 3))
+        last = np.arange(int(n) - 9, int(n) + 1)  # the run's last ten updates
+        assert (winner, drift) == (f"{np.mean(1.5 * last):.2g}", f"{2 * np.mean(last):.2g}")
 
     # variants
-    places = {"9 pairs": ""} | {name: f"variants/{name}/" for name in variants}
     rows = table(text["variants"], "pairs")
     assert rows[0] == ["pairs", "D-DPO, guidance 1", "DDSPO", "DDSPO minus D-DPO", "D-DPO, guidance 3", "DDSPO", "DDSPO minus D-DPO"]
-    assert [row[0] for row in rows[1:]] == list(places)
+    assert [row[0] for row in rows[1:]] == variants
     for name, *cells in rows[1:]:
         for k, g in enumerate((1, 3)):
-            d_dpo, ddspo = (share(places[name] + method, g) for method in ("D-DPO", "DDSPO"))
+            d_dpo, ddspo = (share(f"{method}, {name}", g) for method in ("D-DPO", "DDSPO"))
             assert cells[3 * k:3 * k + 2] == [f"{d_dpo:.3f}", f"{ddspo:.3f}"] and cells[3 * k + 2].startswith(f"{ddspo - d_dpo:+.3f} [")
     assert {path.name for path in (small / "figures").iterdir()} == {"shapes.png", "shapes-front.png", "shapes-length.png"}
 
 
 def test_the_negative_prompt_reaches_the_sampler_and_is_nothing_where_it_is_empty(small):
     """End to end: c_minus by perturb.py's rule, images by the pipeline, verdicts and distance."""
-    reference = shapes.score_model("plain.json", "shapes", 0, 3)
-    empty = shapes.score_model("empty.json", "shapes", 0, 3, negatives=[""] * 20)
+    home = str(small / "home")
+    reference = shapes.score_model(home, "Reference", 0, 3)
+    empty = shapes.score_model(home, "Reference again", 0, 3, negatives=[""] * 20)
     assert empty == reference and len(empty["correct"]) == 20
-    home = small / "home"
-    for share in ("25 %", "75 %"):
-        found = full.negative_prompt(str(home), 0, share, 3)
-        assert found["frechet"] != reference["frechet"]
-    assert sorted(os.listdir(home / "negative prompt")) == ["0.25-0.25-guidance3.json", "0.75-0.75-guidance3.json"]
-    assert full.negative_prompt(str(home), 0, "25 %", 3) != full.negative_prompt(str(home), 0, "75 %", 3)
+    names = [full.negative_prompt({0: home}, share, 3) for share in ("25 %", "75 %")]
+    found = [shapes.scores({0: home}, name, 3, "frechet") for name in ("Reference", *names)]
+    assert len({float(x[0]) for x in found}) == 3
+    assert sorted(os.listdir(home)) == sorted(f"{name}-guidance3.json" for name in ("Reference", "Reference again", *names))
 
 
 def test_settings_are_searched_by_the_share_at_guidance_3_in_per_cent_and_then_at_1(small, monkeypatch):
     monkeypatch.setattr(full, "GRID", {"--beta": (1, 2), "--scale": (4,)})
     monkeypatch.setattr(full, "RATES", (3,))
     monkeypatch.setattr(full, "METHODS", {name: full.METHODS[name] for name in ("DDSPO", "Not-paired", "Distilled")})
-    shares = {"1-3/DDSPO": {1: 0.5, 3: 0.604}, "2-3/DDSPO": {1: 0.6, 3: 0.596}, "4-3/Distilled": {1: 0.1, 3: 0.2}}
+    shares = {"DDSPO, 1-3": {1: 0.5, 3: 0.604}, "DDSPO, 2-3": {1: 0.6, 3: 0.596}, "Distilled, 4-3": {1: 0.1, 3: 0.2}}
     flags = {}
-    monkeypatch.setattr(full, "tune", lambda place, method, its, store, seed: flags.setdefault(f"{os.path.basename(place)}/{method}", its) and place)
-    monkeypatch.setattr(full, "scores_at", lambda place, name, folder, seed, guidances: {
-        g: dict(correct=[shares.get(f"{os.path.basename(place)}/{name}", {}).get(g, g / 10)], frechet=g) for g in guidances})
-    text = full.search_settings("home")
-    assert flags == {"1-3/DDSPO": ["--beta", 1, "--lr", 3], "2-3/DDSPO": ["--beta", 2, "--lr", 3],
-                     "4-3/Distilled": ["--objective", "distill", "--scale", 4, "--lr", 3]}
+    monkeypatch.setattr(full, "BEST_GUIDANCE", dict(Reference=3, DDSPO=3, Distilled=3))
+    monkeypatch.setattr(full, "stores_of", lambda home, seed: dict.fromkeys(full.METHODS, home))
+    monkeypatch.setattr(full, "tune", lambda home, name, its, store, seed: flags.setdefault(name, its))
+    monkeypatch.setattr(shapes, "score_model", lambda home, name, seed, g: dict(correct=[shares.get(name, {}).get(g, g / 10)], frechet=g))
+    text = full.settings({100: "home"})
+    assert flags == {"DDSPO, 1-3": {"--beta": 1, "--lr": 3}, "DDSPO, 2-3": {"--beta": 2, "--lr": 3},
+                     "Distilled, 4-3": {"--objective": "distill", "--scale": 4, "--lr": 3}}
     assert "| DDSPO | 1 | 3 | 0.500, 1.00 | 0.604, 3.00 |" in text and "| DDSPO, 2-3 | 0.600 |" in text and "| DDSPO, 1-3 |" not in text
-
-
-def test_the_share_of_content_words_that_a_prompt_keeps():
-    row = dict(c="there is a big red circle above a blue square", c_minus="is big red circle a square")
-    assert full.kept_share(row) == 4 / 6
+    assert "| Reference | 0.100 |" in text
 
 
 def test_tables_show_means_and_paired_differences(monkeypatch):
     monkeypatch.setattr(shapes, "PROMPTS", 20)
-    rng, runs = np.random.default_rng(0), {}
-    for seed in (0, 1):
-        runs[seed] = {name: {g: dict(correct=(rng.random(20) < share).tolist(), frechet=1.0 + seed) for g in (1, 3)}
-                      for name, share in (("Reference", 0.3), ("D-DPO", 0.5), ("DDSPO", 0.7))}
-    share = {(name, g): np.mean([runs[seed][name][g]["correct"] for seed in runs]) for name in runs[0] for g in (1, 3)}
-    lines = shapes.table_of_models(runs, "model", {"Reference": 3, "D-DPO": 3, "DDSPO": 1}).split("\n")
+    rng, kept = np.random.default_rng(0), {}
+    for name, share in (("Reference", 0.3), ("D-DPO", 0.5), ("DDSPO", 0.7), ("Distilled", 0.6)):
+        for seed, g in itertools.product((0, 1), (1, 3)):
+            kept[name, seed, g] = dict(correct=(rng.random(20) < share).tolist(), frechet=1.0 + seed)
+    monkeypatch.setattr(shapes, "score_model", lambda home, name, seed, g: kept[name, seed, g])
+    names, homes = ("Reference", "D-DPO", "DDSPO", "Distilled"), {0: "a", 1: "b"}
+    share = {(name, g): np.mean([kept[name, seed, g]["correct"] for seed in homes]) for name in names for g in (1, 3)}
+    lines = shapes.table_of_models(homes, "model", {"Reference": 3, "D-DPO": 3, "DDSPO": 1, "Distilled": 3}).split("\n")
     rows = {line.split(" | ")[0]: [cell.strip(" |") for cell in line.split(" | ")] for line in lines}
     assert float(rows["| DDSPO"][2].split()[0]) == pytest.approx(share["DDSPO", 1], abs=6e-4)
     assert float(rows["| DDSPO"][3].split()[0]) == pytest.approx(share["DDSPO", 1] - share["Reference", 3], abs=6e-4)
     assert float(rows["| DDSPO"][4].split()[0]) == pytest.approx(share["DDSPO", 1] - share["D-DPO", 3], abs=6e-4)
-    assert rows["| Reference"][3] == rows["| D-DPO"][4] == "" and rows["| DDSPO"][1] == "1" and rows["| DDSPO"][5] == "1.50"
-    tags = shapes.table_by_tag(runs, 3).split("\n")
-    prompts = [p for seed in runs for p in shapes.scored_prompts(seed)]
-    values = np.concatenate([runs[seed]["DDSPO"][3]["correct"] for seed in runs])
+    assert rows["| Reference"][3] == rows["| D-DPO"][4] == "" and rows["| DDSPO"][1] == "1" and rows["| DDSPO"][6] == "1.50"
+    both = shapes.tables_at(homes, names, 3).split("\n\n")
+    assert both[0] + "\n" == shapes.table_of_models(homes, "model", dict.fromkeys(names, 3))
+    tags = both[1].split("\n")
+    prompts = [p for seed in homes for p in shapes.scored_prompts(seed)]
+    values = np.concatenate([kept["DDSPO", seed, 3]["correct"] for seed in homes])
     position = [v for v, p in zip(values, prompts) if p["tag"] == "position" and not p["held_out"]]
     held_out = [v for v, p in zip(values, prompts) if p["held_out"]]
     cells = [cell.strip() for cell in tags[4].strip("|").split("|")]
