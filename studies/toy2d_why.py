@@ -123,12 +123,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", default="figures/toy2d_why.png", help="(default: %(default)s; fig1.png beside it)")
     args = parser.parse_args(argv)
-    fig1 = os.path.join(os.path.dirname(args.out), "fig1.png")
-    for path in (args.out, fig1):
-        try_path(path)
+    try_path(args.out)
     torch.set_num_threads(1)  # as in toy2d.py
     refs = {seed: toy2d.train_reference(seed) for seed in tqdm(toy2d.SEEDS, "references", leave=False)}
-    draw_arrows(refs[2], 2, fig1)  # the seed that Fig. 2 shows
+    draw_arrows(refs[2], 2, os.path.join(os.path.dirname(args.out), "fig1.png"))  # of the seed that Fig. 2 shows
     measured = {(name, n): measure(refs, n, toy2d.OBJECTIVES[name]) for name, n in tqdm(LINES, "lines", leave=False)}
     draw_alignment(measured, args.out)
 
