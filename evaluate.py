@@ -6,9 +6,9 @@
     python evaluate.py grid --models sd14 runs/sd14-ddspo/pipeline --prompts prompts.txt --out grid.png
 
 `generate` writes a benchmark's images into the folders that its official scorer reads. Image i comes from the noise of
-seed + i, and batch k holds the same images on any number of GPUs. `score` judges them and keeps what it found in
-scores/ (judges/shared.py has the files). `table` makes means, 95 % intervals and paired differences of that. The same
-command goes on after a stop. A file of judges/ says how a benchmark is judged, and what differs from the official way.
+seed + i, and batch k holds the same images on any number of GPUs. `score` judges them and writes scores/. `table` makes
+means, 95 % intervals and paired differences of that. The same command goes on after a stop. A file of judges/ says how
+a benchmark is judged, and what differs from the official way.
 """
 
 import argparse
@@ -73,8 +73,7 @@ def generate(args):
         for bench in rows:
             write_images(bench, rows[bench], model, args, rank, world)
     if rank == 0:
-        print(f"{args.out} holds " + ", ".join(f"{len(rows[bench])} images of {bench}" for bench in rows)
-              + ". Next:\n" + shlex.join(["python", "evaluate.py", "score", args.out]))
+        print(f"wrote the images of {', '.join(rows)}. Next:\npython evaluate.py score {shlex.quote(args.out)}")
 
 
 def write_images(bench, rows, model, args, rank, world):
@@ -82,8 +81,8 @@ def write_images(bench, rows, model, args, rank, world):
     even where only some of its images are missing, so that an image depends on neither a stop nor `world`."""
     if bench == "geneval" and rank == 0:
         for row in rows[::4]:
-            folder = os.path.dirname(os.path.dirname(os.path.join(args.out, row["path"])))
-            write_file(os.path.join(folder, "metadata.jsonl"), json.dumps(row["metadata"]) + "\n")
+            path = os.path.join(args.out, row["path"].rsplit("/", 2)[0], "metadata.jsonl")
+            write_file(path, json.dumps(row["metadata"]) + "\n")
     for start in tqdm(range(0, len(rows), args.batch_size)[rank::world], f"generate {bench}", disable=rank > 0):
         batch = rows[start:start + args.batch_size]
         paths = [os.path.join(args.out, row["path"]) for row in batch]
@@ -137,24 +136,22 @@ def score(args):
     rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
     tasks = [task for run in runs for task in find_tasks(run, args)][rank::world]
-    needed = dict.fromkeys(load for *_, batches, load in tasks if batches)
-    for load in list(needed)[1:]:  # load each once, so that a missing package fails now, not after hours
-        load(device, args.data)
+    for load in list(dict.fromkeys(load for *_, batches, load in tasks if batches))[1:]:
+        load(device, args.data)  # each judge once, so that a missing package fails now, not after hours
     for run, name, origin, batches, load in tasks:
         if batches:
             with holding(os.path.join(run, "scores", name)):
                 write_scores(run, name, origin, batches, load(device, args.data), args.data)
     if rank == 0:
-        print(f"wrote {', '.join(os.path.join(run, 'scores') for run in runs)}. Next:\n"
-              + shlex.join(["python", "evaluate.py", "table", *runs]))
+        print(f"wrote the scores of {', '.join(runs)}. Next:\npython evaluate.py table {shlex.join(runs)}")
 
 
 def find_tasks(run, args):
     """Yields (run, name, origin, batches, load) for each judge of a run: the name of its scores, what they belong to,
-    the batches with an image that has no score, and its loader. A batch is judged whole, so that no score depends on a
-    stop. Raises UserError if images are missing."""
-    if args.foreign:
-        there = [bench for bench in args.bench or BENCHMARKS if os.path.isdir(os.path.join(run, bench))]
+    the batches that lack one (they are judged whole, so that no score depends on a stop), its loader. Raises UserError
+    if images are missing."""
+    there = [bench for bench in args.bench or BENCHMARKS if args.foreign and os.path.isdir(os.path.join(run, bench))]
+    if there:
         shared.adopt(run, {bench: list_images(bench, args.data) for bench in there})
     settings = shared.read_settings(run)
     for bench in args.bench or settings["lists"]:
@@ -162,21 +159,19 @@ def find_tasks(run, args):
             raise UserError(f"{run}/settings.json names {bench}, which is no benchmark: take it out of the lists.")
         rows = list_images(bench, args.data)
         if settings["lists"].get(bench) != shared.list_checksum(rows):
-            raise UserError(f"{run} holds no images of {bench} from the prompts in {args.data}: make them by "
-                            f"evaluate.py generate --bench {bench}.")
+            raise UserError(f"{run} has no images of the prompts in {args.data}/{bench}: generate makes them.")
         missing = [row["path"] for row in rows if not shared.is_there(os.path.join(run, row["path"]))]
         if missing:
             raise UserError(f"{len(missing)} of {len(rows)} images of {bench} are missing in {run}, first "
                             f"{missing[0]}: give the command of generate again, or put them there.")
         for name, (groups, load, weights) in BENCHMARKS[bench][2].items():
-            if name == "owl" and compbench.official_spatial(run):
-                continue
             own = [row for row in rows if groups is None or row["group"] in groups]
             batches = [own[start:start + args.batch_size] for start in range(0, len(own), args.batch_size)]
             origin = settings | dict(lists=settings["lists"][bench], judge=weights)
             scores = shared.read_scores(run, name, origin)
             left = [batch for batch in batches if any({row["path"], "all"}.isdisjoint(scores) for row in batch)]
-            yield run, name, origin, left, load
+            if not (name == "owl" and compbench.official_spatial(run)):
+                yield run, name, origin, left, load
 
 
 def write_scores(run, name, origin, batches, judge, data):

@@ -4,8 +4,8 @@ from the hub or from their authors' own checkpoints; CLIP, the overlap of boxes,
     items(data)           of a benchmark: a row for each image in the order of their seeds, with its `path` in a run's
                           folder, its `prompt`, the `group` in which scores are averaged first, the prompt's `index` in
                           it, and what else the judge needs. `data` is the folder of the fetched lists.
-    load(device, data)    a judge: judge(rows, images) gives a dict for each PIL image, with its `correct` or `value`
-                          (fid.py: with what its `summary` needs of all images).
+    load(device, data)    a judge: judge(rows, images) gives a dict for each PIL image, with its `correct` or `value`;
+                          fid.py's `summary` makes FID and IS of all of them.
 
 A run's folder has, beside the images,
 
@@ -60,8 +60,6 @@ def begin(run, lists, fixed, notes=()):
 def adopt(run, lists):
     """Begins a folder of images that were made elsewhere, or goes on in it."""
     path, known = os.path.join(run, "settings.json"), dict(model="made elsewhere")
-    if not lists:
-        raise UserError(f"{run} has no folder of a benchmark: --foreign looks for images where generate writes them.")
     if not os.path.exists(path):
         write_file(path, json.dumps(dict.fromkeys((*FIXED, "base"), "unknown") | known | dict(lists={})))
     begin(run, lists, known)
@@ -73,7 +71,7 @@ def list_checksum(rows):
 
 def read_settings(run):
     path = os.path.join(run, "settings.json")
-    with reading(path, "give a folder that evaluate.py generate made, or --foreign to score images made elsewhere."):
+    with reading(path, "give a folder that evaluate.py generate made, or --foreign and one with images in its layout."):
         found = read_json(path) if os.path.isfile(path) else {}
         if not {*FIXED, "base"} <= found.keys() or not isinstance(found["lists"], dict):
             raise ValueError("generate did not write it")
@@ -81,9 +79,8 @@ def read_settings(run):
 
 
 def read_scores(run, name, origin):
-    """{path of an image: its row} of what a judge has found so far, without a last line that a stopped run left
-    unfinished. FID and IS are one row, that of "all". Raises UserError if the scores are of another `origin`: the run's
-    settings, with the checksum of one list of prompts and the weights of the judge."""
+    """{path of an image: its row} of what a judge has found, without a last line that a stop left unfinished. FID and
+    IS are the row of "all". Raises UserError if it is of another `origin`: settings, prompts and judge."""
     folder, rows = os.path.join(run, "scores", name), {}
     path, (key, most) = folder + (".json" if name == "coco" else ".jsonl"), VALUES.get(name, ("value", 101))
     if not os.path.exists(path):

@@ -52,12 +52,10 @@ NOTES = {
     "GenEval": "the official rules and detector; not yet run on the published SD-1.5 (expected 0.43).",
     "GenEval, lenient": "the same with the position rule of the paper's authors, to which its numbers belong.",
     "CB": "complex as the authors run it, without the official `--complex True`; spaCy 3.8 in place of 3.5.",
-    "CB~": "with OWLv2 in place of UniDet in spatial~ and complex~: no T2I-CompBench scores. For CB, run the official "
-           "UniDet_eval/2D_spatial_eval.py --outpath on compbench/spatial and compbench/complex, and `table` again.",
+    "CB~": "with OWLv2 in place of UniDet in spatial~ and complex~, so no CB; judges/compbench.py has the way to it.",
     "HPSv2": "version 2.0, without antialias, as torchvision did before 0.17; in float32. 2.1 has another scale.",
     "FID": "30,000 images by BK-SDM's protocol, without an interval: it is no mean over prompts.",
-    "GenEval 2 AM": "Soft-TIFA, none of the paper's. It changes by a factor of two with guidance and steps: compare "
-                    "runs of equal guidance, steps, pixels and seed, which stand below."}
+    "GenEval 2 AM": "Soft-TIFA; changes by a factor of two with guidance and steps: compare runs of equal settings."}
 BRACKETS = "In brackets: 95 % intervals from resampling prompts; differences are paired."
 
 
@@ -113,11 +111,6 @@ def collect(run, settings, benchmarks):
     return found | scores["coco"].get("all", {})
 
 
-def less(found, base):
-    """{group: (prompts,)}: a metric of a run less the same of another, prompt by prompt."""
-    return {group: values - base[group] for group, values in found.items()}
-
-
 def make_table(runs, benchmarks):
     """(the lines of the table as a text, all that is in it as a dict)."""
     settings, rows, remarks = {run: read_settings(run) for run in runs}, {}, []
@@ -129,15 +122,17 @@ def make_table(runs, benchmarks):
                      for metric, value in found[run].items()}
         rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in rows[run] if ":" not in metric}
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
-        remarks.append(f"{run}: " + ", ".join(f"{key} {value}" for key, value in settings[run].items()
-                                              if value is not None and key != "lists"))
+        made = [f"{key} {value}" for key, value in settings[run].items() if value is not None and key != "lists"]
+        remarks.append(f"{run}: {', '.join(made)}")
     first, *others = runs
     for run in others:
         same = {bench for bench, _ in settings[run]["lists"].items() & settings[first]["lists"].items()} - {"coco"}
         both = [metric for metric in found[run] if metric in found[first] and bench_of(metric) in same]
         if both and settings[run]["seed"] == settings[first]["seed"]:
-            rows[f"{run} − {first}"] = {metric: interval(less(found[run][metric], found[first][metric]))
-                                        for metric in both}
+            paired = rows[f"{run} − {first}"] = {}
+            for metric in both:
+                base = found[first][metric]
+                paired[metric] = interval({group: x - base[group] for group, x in found[run][metric].items()})
         else:
             remarks.append(f"{run} and {first} share no benchmark with the same seeds and prompts: no differences.")
     paper = {f"paper, {source}: {row}": {  # the paper's GenEval is by the lenient rule
