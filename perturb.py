@@ -8,9 +8,9 @@ word here, as in the authors' code, so that any text encoder can read what is le
 letter where a prompt is written without spaces, as in Chinese, Japanese and Thai. One word cannot both stay and go:
 prompts of one word, and empty ones, give no pair; they are left out and counted.
 
-llama-alignment and llama-aesthetic, Sec. 4.3, 4.4: a chat model rewrites c. Its answers are a function of the prompts
-and the flags, not of the number of processes. They are kept in OUT.parts, so that a stopped run goes on when its
-command is given again. --template takes the authors' instructions in place of ours.
+llama-alignment and llama-aesthetic, Sec. 4.3, 4.4: a chat model rewrites c, in our words or the authors' (--template).
+Its answers are a function of the prompts and the flags, not of the number of processes. They are kept in OUT.parts, so
+that a stopped run goes on when its command is given again.
 
 In: a text file, one prompt a line; a .jsonl, .csv or .parquet file with a column `prompt` and, if wished, an `id`; or
 `diffusiondb`, the paper's prompts. Of equal prompts the first is taken.
@@ -27,7 +27,7 @@ import random
 
 from tqdm import tqdm
 
-from lib.chat import VAGUE, load_llm, read_answer, runs_of
+from lib.chat import VAGUE, load_llm, read_answer, words_of
 from lib.files import UserError, count, json_lines, read_text, same_settings, text_checksum, to_lines, write_file
 from lib.processes import at_least, barrier, given_flags, is_first, processes, program
 from lib.prompts import is_perturbed, sample_prompts, split_tokens
@@ -101,13 +101,11 @@ def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
 
 
 def rewrite_all(args, instruction, how, prompts):
-    """Rewrites [(id, c)] with all processes, part by part, in the folder OUT.parts. Returns what `rewrite` makes of
-    them; `how` is what each row says of it."""
-    folder, made = args.out + ".parts", {}
+    """What `rewrite` makes of [(id, c)], by all processes, part by part in the folder OUT.parts."""
+    folder, made, told = args.out + ".parts", {}, f" {' '.join(words_of(instruction))} "
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
-    read = functools.partial(read_answer, told=runs_of(instruction), alignment=args.strategy == "llama-alignment",
-                             seed=args.seed)
+    read = functools.partial(read_answer, told=told, alignment="alignment" in args.strategy, seed=args.seed)
     with processes(folder) as (rank, world, device):
         if rank == 0:
             same_settings(os.path.join(folder, "settings.json"), how | dict(

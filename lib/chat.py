@@ -61,25 +61,19 @@ def words_of(text):
     return [word.rstrip("s") or word for word in words]
 
 
-def runs_of(text):
-    """All runs of words in a text, of one word to RUN."""
-    words = words_of(text)
-    return {" ".join(words[i:i + n]) for i in range(len(words)) for n in range(1, RUN + 1)}
-
-
 FUNCTION_WORDS = set(words_of("a an the and or of in on at to by for from with as is are it its this that there"))
 
 
 def why_unusable(c_minus, c, told, alignment):
-    """Why a text cannot be c_minus of c, in words; None if it can. `told` are the runs of the instruction's words."""
+    """Why a text cannot be c_minus of c, in words; None if it can. `told` are the instruction's words."""
     said = words_of(c_minus)
     n, repeated = min(RUN, len(said)), ()
     if not said or "".join(c_minus.split()).casefold() == "".join(c.split()).casefold():
         return "empty or the same as c"
     if not c_minus.isascii() and c_minus.encode(errors="replace").decode() != c_minus:  # no file can hold it
         return "half a character"
-    if not told.isdisjoint(said[n - 1::n]):  # a run of n words has one of these
-        repeated = [said[i:i + n] for i in range(len(said) - n + 1) if " ".join(said[i:i + n]) in told]
+    if any(f" {word} " in told for word in said[n - 1::n]):  # a run of n words has one of these
+        repeated = [said[i:i + n] for i in range(len(said) - n + 1) if f" {' '.join(said[i:i + n])} " in told]
     if EXAMPLE in c_minus.casefold() or any(not set(run) <= set(words_of(c)) for run in repeated):
         return "the instruction's own words"
     if len(c_minus) > 2 * len(c):
@@ -90,10 +84,10 @@ def why_unusable(c_minus, c, told, alignment):
         return "no content word of c" if content and content.isdisjoint(said) else None
 
 
-def read_answer(answer, c, told=frozenset(), alignment=False, seed=0):
+def read_answer(answer, c, told="", alignment=False, seed=0):
     """dict(c_minus) from a chat model's answer: of the first JSON object in it that has {"prompt": a text} or
-    {"neg_prompts": [texts]}. Of several usable texts one is drawn by (seed, c). `told` are the runs of the
-    instruction's words. Or dict(answer, reason) if no text is usable: VAGUE if the list is empty."""
+    {"neg_prompts": [texts]}. Of several usable texts one is drawn by (seed, c). `told` are the
+    instruction's words, with a space around each. Or dict(answer, reason) if no text is usable."""
     texts, reason, usable = (), "not JSON", []
     for brace in BRACES(answer):
         try:

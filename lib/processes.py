@@ -36,7 +36,7 @@ def program(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails too
             message = f"stopped, because nothing reads the output any more. {AGAIN}"
         except torch.OutOfMemoryError as error:
-            message = f"out of memory: lower --batch-size, --micro-batch or --lora-rank, or give --checkpointing. {error}"
+            message = f"out of memory: lower --batch-size, --micro-batch, --lora-rank or give --checkpointing. {error}"
         except (OSError, SafetensorError) as error:
             message = f"cannot read or write: {error}. What was written before is kept: run the same command again."
         except KeyboardInterrupt:

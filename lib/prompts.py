@@ -26,22 +26,20 @@ def split_tokens(c):
     """A prompt -> its tokens, and a function that joins some of them. A token is a word. In tags as 1girl,solo it ends
     at the comma too, and empty tags are dropped; a weighted bracket is one token; and where a prompt has no spaces and
     its script is written so, each letter is a token."""
-    words, tags = c.split(), c
+    words = c.split()
     if len(words) == 1 and re.search(UNSPACED, c):
         return LETTERS.findall(EMPTY.sub(",", words[0]).lstrip(",")), lambda some: "".join(some).rstrip(",，、")
     if "," in c and (UNTIDY.search(c) or c[0] == ","):
         tags = GLUED.sub(", ", EMPTY.sub(",", c).lstrip(", "))
-    if tags != c:
-        return PIECES.findall(tags), lambda some: " ".join(some).rstrip(",")
+        if tags != c:
+            return PIECES.findall(tags), lambda some: " ".join(some).rstrip(",")
     return PIECES.findall(c) if ":" in c and WEIGHT.search(c) else words, " ".join
 
 
 def sample_prompts(source, fewest, limit, seed):
-    """[(id, prompt)]: the different prompts of a source that have at least `fewest` words. Says which are left out, and
-    raises UserError if none is left.
-
-    With a limit it takes the prompts whose sha256 of (seed, prompt) is smallest: the same ones on any machine and in
-    any order. Only these and a hash of every prompt are in memory."""
+    """[(id, prompt)]: the different prompts of a source that have at least `fewest` words. With a limit, those whose
+    sha256 of (seed, prompt) is smallest: the same ones on any machine and in any order. Only these and a hash of every
+    prompt are in memory. Says which are left out. Raises UserError if none is left."""
     seen, short, repeated = set(), [], []
 
     def different():
@@ -61,15 +59,14 @@ def sample_prompts(source, fewest, limit, seed):
     words = "one word" if fewest == 1 else "two words"
     if not prompts:
         raise UserError(f"{source} has no prompt of {words} or more; nothing was written.")
-    if not is_first():
-        return prompts
     for numbers, noun, more in ((short, "prompt", f" of fewer than {words}"), (repeated, "duplicate prompt", "")):
-        if numbers:
+        if numbers and is_first():
             some = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
             print(f"left out {count(numbers, noun)}{more}, in lines {some}")
-    if weighted := sum(1 for _, c in prompts if ":" in c and WEIGHT.search(c)):
+    weighted = sum(1 for _, c in prompts if ":" in c and WEIGHT.search(c))
+    if weighted and is_first():
         print(f"{weighted} of the prompts have weights like (red car:1.3): diffusers reads their signs as text")
-    if limit:
+    if limit and is_first():
         print(f"took {len(prompts)} of {len(seen)} different prompts")
     return prompts
 
@@ -132,16 +129,13 @@ def is_perturbed(path):
 
 def parquet_rows(path, columns, optional=(), group=None):
     """Yields (row group, number in it, {column: cell}) for each row of a .parquet file or of one row group; an empty
-    cell is an empty text. Raises UserError if the file cannot be read or has not each of the `columns` once."""
+    cell is an empty text. Raises UserError if the file cannot be read or has not all `columns`."""
     import pyarrow.parquet  # here, because few runs need it
 
-    with reading(path, "it must be a whole .parquet file."):
+    with reading(path, f"it must be a whole .parquet file with columns {', '.join(columns)}, each once."):
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)  # no whole column at once
-        names = file.schema_arrow.names
-        for name in columns:
-            if names.count(name) != 1:
-                raise UserError(f"{path} must have one column {name}; it has {', '.join(names)}.")
-        wanted = [*columns, *[name for name in optional if name in names]]
+        wanted = [file.schema_arrow.field(name).name for name in columns]  # a KeyError where there is not one
+        wanted += [name for name in optional if name in file.schema_arrow.names]
         for g in range(file.num_row_groups) if group is None else [group]:
             batches = file.iter_batches(4096, [g], wanted)
             for k, row in enumerate(row for batch in batches for row in batch.to_pylist()):
@@ -155,7 +149,7 @@ def check_rows(path, rows, fields):
     for number, row in rows:
         try:
             texts, name = [row[field].strip() for field in fields], row.get("id")
-            name = f"{number:06d}" if name is None else name
+            name = f"{number:06d}" if name is None else str(name)
             said = f"{name} {' '.join(texts)}"
         except (KeyError, TypeError, AttributeError):
             texts, said = None, str(row)
@@ -163,12 +157,10 @@ def check_rows(path, rows, fields):
             bad.append(f"{path}:{number}: it holds a NUL, or is in another encoding than UTF-8: save the file as UTF-8")
         elif texts is None:
             bad.append(f"{path}:{number}: not a row with texts {', '.join(fields)}: {said[:80]}")
-        elif type(name) not in (str, int):
-            bad.append(f"{path}:{number}: its id is neither a text nor a number: {str(name)[:80]}")
-        elif first_seen.setdefault(str(name), number) != number:
-            bad.append(f"{path}:{number}: the id {name} is already that of line {first_seen[str(name)]}")
+        elif first_seen.setdefault(name, number) != number:
+            bad.append(f"{path}:{number}: the id {name} is already that of line {first_seen[name]}")
         else:
-            yield number, str(name), *texts
+            yield number, name, *texts
     stop_if_bad(path, bad)
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import perturb
 from lib import prompts as lib_prompts
-from lib.chat import VAGUE, load_llm, read_answer, runs_of
+from lib.chat import VAGUE, load_llm, read_answer, words_of
 from lib.files import UserError
 from lib.processes import holding
 from lib.prompts import read_prompts, sample_prompts, split_tokens
@@ -262,9 +262,9 @@ def write(path, content):
     ("p.jsonl", lambda p: write(p, b"[" * 100_000 + b'\n{"prompt": ' + b"1" * 5000 + b"}\n"), r"^p.jsonl:1: not a row with texts prompt(.|\n)*\np.jsonl:2: not a row with texts prompt"),
     ("p.parquet", lambda p: write_table(p, [1, 2]), "^p.parquet:1: not a row with texts prompt: {'prompt': 1}\n.*:2: "),
     ("p.parquet", lambda p: write_table(p, ["a b", "c d"], id=["x", "x"]), "^p.parquet:2: the id x is already that of line 1"),
-    ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), "p.parquet must have one column prompt; it has n, text"),
-    ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table([["a b"], ["c d"]], ["prompt", "prompt"]), p), "p.parquet must have one column prompt; it has prompt, prompt"),
-    ("p.jsonl", lambda p: write(p, b'{"prompt": "a b", "id": [1]}\n{"prompt": "a b", "id": 2.5}'), r"^p.jsonl:1: its id is neither a text nor a number: \[1\]\np.jsonl:2: its id is"),
+    ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), r"^p.parquet cannot be read \('Column prompt does not exist in schema'\): it must be a whole .parquet file with columns prompt, each once"),
+    ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table([["a b"], ["c d"]], ["prompt", "prompt"]), p), "^p.parquet cannot be read .*: it must be a whole .parquet file with columns prompt, each once"),
+    ("p.jsonl", lambda p: write(p, b'{"prompt": "a b", "id": [1]}\n{"prompt": "a b", "id": "[1]"}'), r"^p.jsonl:2: the id \[1\] is already that of line 1"),
     ("p.txt", lambda p: write(p, b"two cups\na red\0 fox\n"), "^p.txt:2: it holds a NUL, or is in another encoding than UTF-8: save the file as UTF-8\n1 bad line"),
     ("p.jsonl", lambda p: write(p, b'{"prompt": "a red\\u0000 fox"}'), "^p.jsonl:1: it holds a NUL"),
     ("p.csv", lambda p: write(p, "prompt\nein Bär\n".encode("latin-1")), "^p.csv:2: it holds a NUL, or is in another encoding than UTF-8"),
@@ -273,8 +273,8 @@ def write(path, content):
     *[(name, lambda p, text=text: write(p, text), rf"^{name}:1: it holds a NUL, or is in another encoding than UTF-8: save the file as UTF-8\n(.|\n)*2 bad lines in {name} to be") for name, text in (
         ("p.txt", "a red fox\ntwo cups".encode("utf-16")), ("p.txt", "a red fox\ntwo cups".encode("utf-16-le")),
         ("p.jsonl", '{"prompt": "a fox"}\n{"prompt": "a cup"}'.encode("utf-16")), ("p.txt", "ein Bär\nöl\n".encode("latin-1")))],
-    ("p.parquet", lambda p: write(p, b"not a table"), r"^p.parquet cannot be read \(.*\): it must be a whole .parquet file.$"),
-    ("p.parquet", lambda p: (write_table(p, words(5000).split()), os.truncate(p, 3000)), r"^p.parquet cannot be read \(.*\): it must be a whole .parquet file.$"),
+    ("p.parquet", lambda p: write(p, b"not a table"), r"^p.parquet cannot be read \(.*\): it must be a whole .parquet file"),
+    ("p.parquet", lambda p: (write_table(p, words(5000).split()), os.truncate(p, 3000)), r"^p.parquet cannot be read \(.*\): it must be a whole .parquet file"),
 ])
 def test_bad_tables_are_named_by_file_and_row(name, make, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -345,6 +345,10 @@ def test_a_sample_does_not_hold_all_prompts_in_memory(monkeypatch, capsys):
 # ---- rewriting by a chat model
 
 
+def told_of(instruction):
+    return f" {' '.join(words_of(instruction))} "
+
+
 @pytest.mark.parametrize("answer, c_minus", [
     ('{"prompt": "a fox"}', "a fox"), (' \n{ "prompt" :\n" a fox "}\n', "a fox"),
     ('```json\n{"prompt": "a fox"}\n```', "a fox"), ('\n```json {"prompt": "ein Fox \\u00e4"}``` ', "ein Fox ä"),
@@ -364,12 +368,12 @@ def test_a_sample_does_not_hold_all_prompts_in_memory(monkeypatch, capsys):
     ('{"prompt": "a red fox, a red dog, a car"}', "longer than twice c"), ('{"prompt": "an animal"}', "no content word of c"),
 ])
 def test_an_answer_is_the_first_json_object_with_a_prompt_that_says_less_of_c(answer, c_minus):
-    found = read_answer(answer, "a red Fox", runs_of("Write a worse one. Leave out the colours of its fox."), alignment=True)
+    found = read_answer(answer, "a red Fox", told_of("Write a worse one. Leave out the colours of its fox."), alignment=True)
     assert found == dict(c_minus=c_minus) or found["answer"] == answer and c_minus in found["reason"] and "fox" not in c_minus
 
 
 def test_words_that_the_instruction_shares_with_c_are_no_repetition_and_a_long_run_of_its_words_is():
-    told, c = runs_of(perturb.INSTRUCTIONS["llama-alignment"]), "the same scene, an image of a prompt on a screen with many colours and other things to see, of which there are two"
+    told, c = told_of(perturb.INSTRUCTIONS["llama-alignment"]), "the same scene, an image of a prompt on a screen with many colours and other things to see, of which there are two"
     assert read_answer('{"prompt": "the same scene"}', c, told, True) == dict(c_minus="the same scene")
     assert read_answer('{"prompt": "an image"}', c, told, True) == dict(c_minus="an image")
     for said in ("screen: Write a worse one, whose image would not show what this", "a screen of two colours, whose image would not show what this one"):
