@@ -204,9 +204,9 @@ def official_spatial(run):
             return {}
         with reading(path, "run the official script again."):
             images = {int(x[-10:-4]): x for x in glob.glob(f"compbench/{category}/samples/*.png", root_dir=run)}
-            values = {row["question_id"]: row["answer"] for row in read_json(path) if 0 <= row["answer"] <= 1}
-            if values.keys() != images.keys():
-                raise ValueError(f"{len(values)} answers to {len(images)} images are between 0 and 1")
+            values = {row["question_id"]: float(row["answer"]) for row in read_json(path)}
+            if values.keys() != images.keys() or not all(0 <= value <= 1 for value in values.values()):
+                raise ValueError(f"{len(values)} answers to {len(images)} images, or one that is not from 0 to 1")
         for k, image in images.items():
             found[image] = dict(path=image, group=category, index=k // 10, value=values[k])
     return found

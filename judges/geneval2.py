@@ -38,18 +38,30 @@ def geneval2_answers(question, answer):
     return [*words, *[" " + word for word in words], digits, " " + digits]
 
 
+def geneval2_probability(probabilities, token_ids):
+    """The score of a question: the sum of the `probabilities` (vocabulary,) of the first tokens of its answers."""
+    return sum(float(probabilities[token]) for token in token_ids)
+
+
 def geneval2_values(rows):
-    """What the scores are means of, in percent: {"AM", "GM", "AM: SKILL", "GM: N atoms": (prompts,)} of rows with
+    """What the scores are means of, in percent: AM, GM, {skill: AM} and {atom_count: GM}, each (prompts,), of rows with
     `probabilities` and `skills` (questions,) and `atom_count`. A skill's score is the mean over questions; its values
     here are the sums over a prompt's questions, divided by how many of them such a prompt has on average."""
     p = [100 * np.array(row["probabilities"], float) for row in rows]
-    found, atoms = {"AM": np.array([x.mean() for x in p])}, np.array([row["atom_count"] for row in rows])
+    am, atoms = np.array([x.mean() for x in p]), np.array([row["atom_count"] for row in rows])
     with np.errstate(divide="ignore"):  # log 0 = -inf, and exp of that is 0 again
-        found["GM"] = np.array([np.exp(np.log(x).mean()) for x in p])
+        gm = np.array([np.exp(np.log(x).mean()) for x in p])
+    skills = {}
     for skill in sorted({skill for row in rows for skill in row["skills"]}):
         own = [x[np.array(row["skills"]) == skill] for x, row in zip(p, rows) if skill in row["skills"]]
-        found[f"AM: {skill}"] = np.array([x.sum() for x in own]) / np.mean([len(x) for x in own])
-    return found | {f"GM: {count} atoms": found["GM"][atoms == count] for count in np.unique(atoms)}
+        skills[skill] = np.array([x.sum() for x in own]) / np.mean([len(x) for x in own])
+    return am, gm, skills, {count: gm[atoms == count] for count in np.unique(atoms).tolist()}
+
+
+def geneval2_summary(rows):
+    """Soft-TIFA AM and GM, {skill: AM} and {atom_count: GM}, in percent."""
+    am, gm, *parts = geneval2_values(rows)
+    return am.mean(), gm.mean(), *[{key: x.mean() for key, x in part.items()} for part in parts]
 
 
 def first_token(net, tokenizer, seen, questions):
@@ -78,7 +90,7 @@ def load(device, data):
             places, questions, answers = zip(*asked[start:start + AT_ONCE])
             p = first_token(net, tokenizer, [seen[k] for k in places], questions)  # (questions, vocabulary)
             for k, question, answer, p_of in zip(places, questions, answers, p):
-                accepted = geneval2_answers(question, answer)
-                found[k].append(sum(float(p_of[tokenizer(text).input_ids[0]]) for text in accepted))
+                first = [tokenizer(text).input_ids[0] for text in geneval2_answers(question, answer)]
+                found[k].append(geneval2_probability(p_of, first))
         return [dict(value=float(np.mean(p)), probabilities=p) for p in found]
     return judge

@@ -83,8 +83,8 @@ def test_official_results_are_read_by_the_numbers_of_the_images_once_both_catego
 
 @pytest.mark.parametrize("text, message", [
     ("{", "cannot be read"), ("5", "not iterable"), ("[1]", "not subscriptable"), ('[{"question_id": 0}]', "'answer'"),
-    ('[{"question_id": 0, "answer": "x"}]', "not supported"), ('[{"question_id": 0, "answer": NaN}]', "0 answers to 1 images are between 0 and 1"),
-    ('[{"question_id": 0, "answer": 3}]', "0 answers to 1 images are between 0 and 1"), ('[{"question_id": 1, "answer": 1}]', "run the official script again")])
+    ('[{"question_id": 0, "answer": "x"}]', "could not convert string to float"), ('[{"question_id": 0, "answer": NaN}]', "1 answers to 1 images, or one that is not from 0 to 1"),
+    ('[{"question_id": 0, "answer": 3}]', "1 answers to 1 images, or one that is not from 0 to 1"), ('[{"question_id": 1, "answer": 1}]', "run the official script again")])
 def test_official_results_of_another_kind_end_in_a_sentence(text, message, tmp_path):
     for category in ("spatial", "complex"):
         labels = tmp_path / "compbench" / category / "labels" / "annotation_obj_detection_2d"

@@ -27,29 +27,30 @@ def test_questions_and_accepted_answers_are_the_official_ones():
             assert f"<|vision_end|>{asked['text']}<|im_end|>\n<|im_start|>assistant\n" in geneval2.MESSAGE.format("", question)
 
 
-def means(rows):
-    """The scores, as the table takes them from the values."""
-    return {name: x.mean() for name, x in geneval2.geneval2_values(rows).items()}
-
-
 def test_scores_are_the_official_ones():
     cases = tiny_judges.golden("geneval2_cases.json")
     rows = [dict(row, probabilities=[asked["probability"] for asked in row["asked"]]) for row in cases["prompts"]]
     for row in rows:
-        found = means([row])
-        assert (found["AM"] / 100, found["GM"] / 100) == (pytest.approx(row["am"], rel=1e-9), pytest.approx(row["gm"], rel=1e-9))
-        assert found[f"GM: {row['atom_count']} atoms"] == found["GM"]
-    official = {"AM": cases["total_am"], "GM": cases["total_gm"]} | {f"AM: {skill}": x for skill, x in cases["per_skill"].items()}
-    official |= {f"GM: {count} atoms": x for count, x in cases["per_atomicity"].items()}
-    assert means(rows) == pytest.approx(official, rel=1e-9)
-    values = geneval2.geneval2_values(rows)  # for intervals: one number a prompt
-    assert len(values["AM"]) == len(values["GM"]) == len(rows) == sum(len(x) for name, x in values.items() if "atoms" in name)
-    assert len(values["AM: verb"]) == sum("verb" in row["skills"] for row in rows)
+        am, gm, _, atoms = geneval2.geneval2_summary([row])
+        assert (am / 100, gm / 100) == (pytest.approx(row["am"], rel=1e-9), pytest.approx(row["gm"], rel=1e-9))
+        assert atoms == {row["atom_count"]: gm}
+    am, gm, skills, atoms = geneval2.geneval2_summary(rows)
+    assert am == pytest.approx(cases["total_am"], rel=1e-9) and gm == pytest.approx(cases["total_gm"], rel=1e-9)
+    assert skills == pytest.approx(cases["per_skill"], rel=1e-9)
+    assert {str(count): x for count, x in atoms.items()} == pytest.approx(cases["per_atomicity"], rel=1e-9)
+    values = geneval2.geneval2_values(rows)  # for intervals: the same means, one number a prompt
+    assert len(values[0]) == len(values[1]) == len(rows) and sum(map(len, values[3].values())) == len(rows)
+    assert len(values[2]["verb"]) == sum("verb" in row["skills"] for row in rows)
 
 
 def test_a_score_of_zero_makes_the_geometric_mean_zero():
-    found = means([dict(probabilities=[0.0, 0.5], skills=["object", "count"], atom_count=3)])
-    assert found == {"AM": 25, "GM": 0, "AM: object": 0, "AM: count": 50, "GM: 3 atoms": 0}
+    am, gm, skills, atoms = geneval2.geneval2_summary([dict(probabilities=[0.0, 0.5], skills=["object", "count"], atom_count=3)])
+    assert (am, gm, skills, atoms) == (25, 0, dict(object=0, count=50), {3: 0})
+
+
+def test_a_token_that_begins_two_answers_counts_twice():
+    p = torch.tensor([0.5, 0.25, 0.125])
+    assert geneval2.geneval2_probability(p, [0, 2, 2]) == 0.75 and geneval2.geneval2_probability(p.tolist(), [1, 1, 1, 1, 1]) == 1.25
 
 
 def questions(count):
