@@ -107,7 +107,10 @@ def collect(run, settings, benchmarks):
             found[f"{metric}: {group}{mark if group in ('spatial', 'complex') else ''}"] = {group: values}
     if scores["geneval2"]:
         in_order = sorted(scores["geneval2"].values(), key=lambda row: row["index"])
-        found |= {f"GenEval 2 {name}": dict(all=x) for name, x in geneval2.geneval2_values(in_order).items()}
+        am, gm, skills, atoms = geneval2.geneval2_values(in_order)
+        named = {"AM": am, "GM": gm} | {f"AM: {skill}": x for skill, x in skills.items()}
+        named |= {f"GM: {count} atoms": x for count, x in atoms.items()}
+        found |= {f"GenEval 2 {name}": dict(all=x) for name, x in named.items()}
     return found | scores["coco"].get("all", {})
 
 
