@@ -135,8 +135,7 @@ def with_interval(values, sign=""):
 
 
 def table_of_models(homes, title, guidances):
-    """A row for each model, at its guidance in {name: guidance}: the share of prompts with everything right, and its
-    paired differences to other models of the table."""
+    """For each model in {name: guidance} the share of prompts that are all right, and paired differences to others."""
     others, rows = ("Reference", "D-DPO", "Distilled"), []
     for name, g in guidances.items():
         right, distance = scores(homes, name, g), scores(homes, name, g, "frechet").mean()
@@ -158,7 +157,7 @@ def tables_at(homes, names, g):
     return table_of_models(homes, "model", dict.fromkeys(names, g)) + "\n" + by_tag + "\n"
 
 
-def draw_images(home, names, seed, guidance, path):
+def draw_images(home, names, seed, path):
     """Images with a green frame where all is right, else a red one and what is wrong first. The prompts are the first
     of each tag, and the first of each tag with a held-out combination."""
     prompts = scored_prompts(seed)
@@ -168,7 +167,7 @@ def draw_images(home, names, seed, guidance, path):
     figure, axes = plt.subplots(len(names), len(shown), figsize=(1.3 * len(shown), 1.5 * len(names) + 0.7),
                                 layout="constrained")
     for row, name in zip(axes, names):
-        images = evaluate.sample_images(load(home, name), captions, shown, STEPS, guidance)
+        images = evaluate.sample_images(load(home, name), captions, shown, STEPS, GUIDANCE)
         for axis, i, image in zip(row, shown, images):
             wrong = world.judge_image(image, prompts[i])["reason"]
             axis.imshow(image)
@@ -178,7 +177,7 @@ def draw_images(home, names, seed, guidance, path):
         row[0].set_ylabel(name)
     for axis, caption in zip(axes[0], captions):
         axis.set_title(textwrap.fill(caption, 20), fontsize=7)
-    figure.suptitle(f"guidance {guidance:g}; green: everything is right", fontsize=9)
+    figure.suptitle(f"guidance {GUIDANCE:g}; green: everything is right", fontsize=9)
     save_figure(figure, path)
 
 
@@ -191,7 +190,7 @@ def main(argv=None):
         store = make_store(home, perturbed(home, SEED, PAIRS), SEED)
         for name, flags in METHODS.items():
             tune(home, name, flags, store, SEED)
-        draw_images(home, names, SEED, GUIDANCE, f"{home}/shapes.png")
+        draw_images(home, names, SEED, f"{home}/shapes.png")
         text = "\n".join(tables_at({SEED: home}, names, g) for g in (GUIDANCE, 1))
         write_file(f"{home}/table.md", text)
         print("\n" + text)

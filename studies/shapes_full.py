@@ -43,7 +43,7 @@ CURVE = (1, 1.5, 2, 3, 4, 5, 7.5, 10)
 BEST_GUIDANCE = {"Reference": 5, "D-DPO": 4, "DDSPO": 3, "Distilled": 3, "Distilled, no prompt": 3}  # on GRID_SEED
 SHARES = {"25 %": (.25, .25), "50 %": (.5, .5), "75 %": (.75, .75), "40 to 70 %": (.4, .7)}  # of words removed
 NEGATIVE_SCALES = (1.5, 2, 3, 5, 7.5)
-TWO, LENGTHS = ("D-DPO", "DDSPO"), (20, 40, 80, 160, 320, 640)  # of `length`, and of `variants`
+LENGTHS, BOTH = (20, 40, 80, 160, 320, 640), ("D-DPO", "DDSPO")  # of `length`; BOTH of `variants`, too
 FEW_PAIRS = (16, 64, 256, FULL_PAIRS)
 HOME = "runs/shapes-full"
 
@@ -75,8 +75,7 @@ def other_stores(home, seed):
         kept.append(len(c_minus) / len(c))
     lost = np.argsort(kept, kind="stable")[::-1]  # those that lost least come first
     for which, chosen in zip(("least", "more", "most"), np.array_split(lost, 3)):
-        name = f"c_minus lost {which}"
-        stores[name] = select(f"{home}/{name}/pairs", whole, whole, chosen.tolist())
+        stores[f"c_minus lost {which}"] = select(f"{home}/c_minus lost {which}/pairs", whole, whole, chosen.tolist())
     return stores
 
 
@@ -100,13 +99,13 @@ def select(out, winners, losers, chosen, **changes):
 def settings(homes):
     """Every setting of GRID: the shares of prompts with everything right, and Fréchet distances. For each method's best
     setting, by the share at GUIDANCE in per cent and then by that at 1, the shares over CURVE."""
-    [(seed, home)], rows, best = homes.items(), [], ["Reference"]
-    stores = stores_of(home, seed)
+    home, rows, best = homes[GRID_SEED], [], ["Reference"]
+    stores = stores_of(home, GRID_SEED)
     for method in list(BEST_GUIDANCE)[1:]:
         flag, ranks = next(flag for flag in GRID if flag in METHODS[method]), {}
         for value, lr in itertools.product(GRID[flag], RATES):
             name = f"{method}, {value:g}-{lr:g}"
-            tune(home, name, METHODS[method] | {flag: value, "--lr": lr}, stores[method], seed)
+            tune(home, name, METHODS[method] | {flag: value, "--lr": lr}, stores[method], GRID_SEED)
             shares = {g: scores(homes, name, g).mean() for g in (1, GUIDANCE)}
             ranks[name] = round(shares[GUIDANCE], 2), shares[1]
             rows.append([method, value, lr, *[f"{shares[g]:.3f}, {scores(homes, name, g, 'frechet').mean():.2f}"
@@ -123,7 +122,7 @@ def methods(homes):
         stores = stores_of(home, seed)
         for name, flags in METHODS.items():
             tune(home, name, flags, stores[name], seed)
-    shapes.draw_images(homes[SEEDS[0]], ("Reference", *shapes.METHODS), SEEDS[0], GUIDANCE, "figures/shapes.png")
+    shapes.draw_images(homes[SEEDS[0]], ("Reference", *shapes.METHODS), SEEDS[0], "figures/shapes.png")
     draw_front(homes, "figures/shapes-front.png")
     best = shapes.table_of_models(homes, "at its best guidance", BEST_GUIDANCE)
     return "\n".join([best, *[shapes.tables_at(homes, ("Reference", *METHODS), g) for g in (GUIDANCE, 1, 5)]])
@@ -156,9 +155,9 @@ def length(homes):
     rows, logs = [], {}
     for seed, home in homes.items():
         store = stores_of(home, seed)["DDSPO"]
-        for method, updates in itertools.product(TWO, LENGTHS):
+        for method, updates in itertools.product(BOTH, LENGTHS):
             tune(home, f"{method}, {updates} updates", METHODS[method] | {"--updates": updates}, store, seed)
-    for method, updates in itertools.product(TWO, LENGTHS):
+    for method, updates in itertools.product(BOTH, LENGTHS):
         name, cells = f"{method}, {updates} updates", []
         for g in (1, GUIDANCE):
             cells += [with_interval(scores(homes, name, g)), f"{scores(homes, name, g, 'frechet').mean():.2f}"]
@@ -175,12 +174,12 @@ def variants(homes):
     rows = []
     for seed, home in homes.items():
         stores = other_stores(home, seed)
-        for variant, method in itertools.product(stores, TWO):
+        for variant, method in itertools.product(stores, BOTH):
             tune(home, f"{method}, {variant}", METHODS[method], stores[variant], seed)
     for variant in stores:
         cells = []
         for g in (1, GUIDANCE):
-            d_dpo, ddspo = (scores(homes, f"{method}, {variant}", g) for method in TWO)
+            d_dpo, ddspo = (scores(homes, f"{method}, {variant}", g) for method in BOTH)
             cells += [f"{d_dpo.mean():.3f}", f"{ddspo.mean():.3f}", with_interval(ddspo - d_dpo, "+")]
         rows.append([variant, *cells])
     return markdown_table(["pairs", "D-DPO, guidance 1", "DDSPO", "DDSPO minus D-DPO", f"D-DPO, guidance {GUIDANCE}",

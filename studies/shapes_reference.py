@@ -4,13 +4,11 @@
     python -m studies.shapes_reference FOLDER --updates 1000
 
 First the autoencoder, then the U-Net and the text encoder together, on captions of which many are wrong, as on the web:
-the model leaves room for a method that makes it follow prompts better. The architecture, the schedule and the tokenizer
-(to which each word of this world is one token) are read from weights/shapes: a tokenizer made anew numbers its tokens
-in another order each time. The same command goes on where it was stopped.
+the model leaves room for a method that makes it follow prompts better. Architecture, schedule and tokenizer are read
+from weights/shapes (a new tokenizer would number its tokens otherwise). The same command goes on where it was stopped.
 """
 
 import argparse
-import functools
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
@@ -43,7 +41,7 @@ def make_dataset(seed, count):
     return torch.from_numpy(images).permute(0, 3, 1, 2), captions
 
 
-def fit(net, loss_of_batch, ends, lr, path, every=500):
+def fit(net, loss_of_batch, data, ends, lr, path, every=500):
     """AdamW up to each update in `ends`; over the last quarter before it the rate goes to 0. Returns the moving average
     of the weights. The file `path` keeps the state, so that a stopped training goes on exactly from there: all that is
     random comes from the seed and the update's number."""
@@ -57,7 +55,7 @@ def fit(net, loss_of_batch, ends, lr, path, every=500):
     for update in tqdm(range(start, ends[-1]), path, initial=start, total=ends[-1], mininterval=10):
         end = next(end for end in ends if update < end)
         optimizer.param_groups[0]["lr"] = lr * min(1, (update + 1) / 200, (end - update) / (0.25 * end))
-        loss = loss_of_batch(torch.Generator().manual_seed(SEED * 1_000_000 + update))
+        loss = loss_of_batch(net, torch.Generator().manual_seed(SEED * 1_000_000 + update), *data)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -68,7 +66,7 @@ def fit(net, loss_of_batch, ends, lr, path, every=500):
     return average.module.eval()  # in training mode the autoencoder rounds otherwise
 
 
-def autoencoder_loss(vae, images, rng):
+def autoencoder_loss(vae, rng, images):
     """32 x 32 pixels <-> latents (4, 8, 8), which lose almost nothing of the images."""
     x = images[torch.randint(len(images), (16,), generator=rng)].float() / 127.5 - 1  # (16, 3, 32, 32)
     posterior = vae.encode(x).latent_dist
@@ -76,7 +74,7 @@ def autoencoder_loss(vae, images, rng):
     return F.mse_loss(reconstruction, x) * 10 + 1e-4 * posterior.kl().mean() / 64
 
 
-def denoiser_loss(net, scheduler, latents, ids, rng):
+def denoiser_loss(net, rng, scheduler, latents, ids):
     """net (U-Net, text encoder) on scaled latents (images, 4, 8, 8) and the tokens of their captions (images, 18)."""
     i = torch.randint(len(latents), (128,), generator=rng)
     t = torch.randint(1000, (128,), generator=rng)
@@ -101,8 +99,7 @@ def main(argv=None):
         images, captions = make_dataset(SEED, IMAGES)
         torch.manual_seed(SEED)
         vae = pipe.vae.from_config(pipe.vae.config)
-        vae = fit(vae, functools.partial(autoencoder_loss, vae, images), [AUTOENCODER_UPDATES], 3e-3,
-                  f"{folder}/autoencoder.pt")
+        vae = fit(vae, autoencoder_loss, [images], [AUTOENCODER_UPDATES], 3e-3, f"{folder}/vae.pt")
         with torch.no_grad():
             latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images.split(256)])
         vae.register_to_config(scaling_factor=1 / latents.std().item())
@@ -111,9 +108,8 @@ def main(argv=None):
         torch.manual_seed(SEED)
         net = torch.nn.ModuleList([pipe.unet.from_config(pipe.unet.config),
                                    type(pipe.text_encoder)(pipe.text_encoder.config)])
-        unet, text_encoder = fit(net, functools.partial(denoiser_loss, net, pipe.scheduler, latents, ids), ends, 1e-3,
-                                 f"{folder}/denoiser.pt")
-        pipe.register_modules(vae=vae, unet=unet, text_encoder=text_encoder)
+        net = fit(net, denoiser_loss, [pipe.scheduler, latents, ids], ends, 1e-3, f"{folder}/net.pt")
+        pipe.register_modules(vae=vae, unet=net[0], text_encoder=net[1])
         pipe.to(dtype=torch.float16).save_pretrained(folder)
     print(f"wrote {folder}")
 

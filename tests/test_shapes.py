@@ -45,7 +45,7 @@ def test_a_training_that_was_stopped_continues_exactly(tmp_path):
         torch.manual_seed(0)
         net, x = torch.nn.Linear(3, 1), torch.arange(30.0).view(10, 3) / 30
 
-        def loss(rng):
+        def loss(net, rng, x):
             if loss.left == 0:
                 raise KeyboardInterrupt
             loss.left -= 1
@@ -54,7 +54,7 @@ def test_a_training_that_was_stopped_continues_exactly(tmp_path):
 
         for loss.left in updates_of_each_go:
             try:
-                average = shapes_reference.fit(net, loss, ends, 1e-2, str(tmp_path / name), every=10)
+                average = shapes_reference.fit(net, loss, [x], ends, 1e-2, str(tmp_path / name), every=10)
             except KeyboardInterrupt:
                 torch.nn.init.zeros_(net.weight)  # a new process would not have the weights either
         return average.weight.detach()
@@ -70,7 +70,7 @@ def test_the_rate_falls_to_0_at_each_end(tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     net = torch.nn.Linear(3, 1)
-    shapes_reference.fit(net, lambda rng: net(torch.ones(2, 3)).sum(), [400, 1000], 1.0, str(tmp_path / "state"))
+    shapes_reference.fit(net, lambda net, rng: net(torch.ones(2, 3)).sum(), [], [400, 1000], 1.0, str(tmp_path / "state"))
     assert rates[0] == 1 / 200 and rates[199] == rates[300] == 1 and rates[350] == 0.5 and rates[399] == 0.01
     assert rates[400] == rates[750] == 1 and rates[875] == 0.5 and rates[999] == 1 / 250 and len(rates) == 1000
 
