@@ -44,7 +44,7 @@ def plain_loss(model, policies, c, c_minus, x_0_w, x_0_l, t, eps, objective, bet
     return -F.logsigmoid(-beta / 2 * model.weight(t) * ((error_w - error_l) - (error_ref_w - error_ref_l))), {}
 
 
-def set_up(args, device):
+def make_run(args, device):
     """A run as train.py has it, but with random weights, and with one micro-batch for all steps."""
     family, sizes = tiny_models.SIZES[args.model]
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def main(argv=None):
     parser.set_defaults(seed=0, objective="ddspo", winner=None, loser=None, checkpointing=False)  # as train.py's flags
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    run = set_up(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    run = make_run(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     _, right = micro_batch(run, plain_loss)
     train.prepare(run)  # it halves and compiles, and what that breaks is noticed below
     limit = 0.1 if args.precision in HALF else 1e-2 if args.precision == "tf32" else 1e-4  # guess

@@ -26,10 +26,10 @@ def tiny(monkeypatch):
         monkeypatch.setitem(tiny_models.SIZES, name, row)
 
 
-def set_up(**changes):
+def make_run(**changes):
     flags = dict(model="mid", micro_batch=2, precision="fp32", compile=False, lora_rank=0, seed=0, objective="ddspo", winner=None,
                  loser=None, checkpointing=False)
-    run = bench.set_up(argparse.Namespace(**flags | changes), CPU)
+    run = bench.make_run(argparse.Namespace(**flags | changes), CPU)
     _, right = bench.micro_batch(run, bench.plain_loss)
     train.prepare(run)
     return run, right
@@ -62,7 +62,7 @@ def test_the_step_is_timed_in_turns_on_equal_work(capsys, monkeypatch):
 
 @pytest.mark.parametrize("changes", [dict(model="tiny-sana", lora_rank=4), dict(precision="fp16"), dict(precision="bf16", lora_rank=2)])
 def test_lora_and_half_precision_are_compared_too(changes):
-    run, right = set_up(**changes)
+    run, right = make_run(**changes)
     for loss in (bench.plain_loss, train.step_loss):
         seconds, found = bench.micro_batch(run, loss)
         bench.compare("ours", found, right, 1e-4 if "precision" not in changes else 0.1)
@@ -94,7 +94,7 @@ def test_what_the_preparation_of_the_networks_breaks_is_noticed(capsys, monkeypa
 
 @pytest.mark.parametrize("value, both", [(math.nan, True), (math.inf, True), (math.nan, False), (math.inf, False), (None, False)])
 def test_no_gradient_that_is_not_finite_or_is_not_there_passes(value, both):
-    run, right = set_up()
+    run, right = make_run()
     _, found = bench.micro_batch(run, train.step_loss)
     bench.compare("ours", found, right, 1e-4)
     what = list(found)[3]
@@ -107,7 +107,7 @@ def test_no_gradient_that_is_not_finite_or_is_not_there_passes(value, both):
 
 
 def test_in_half_precision_a_small_parameter_without_a_gradient_is_noticed():
-    run, right = set_up(precision="fp16")
+    run, right = make_run(precision="fp16")
     _, found = bench.micro_batch(run, train.step_loss)
     bench.compare("ours", found, right, 0.1)
     sizes = {what: x.norm() for what, x in right.items() if what != "loss"}
@@ -120,7 +120,7 @@ def test_in_half_precision_a_small_parameter_without_a_gradient_is_noticed():
 
 
 def test_the_plain_step_is_plain_and_the_student_is_not_the_reference():
-    run, right = set_up()
+    run, right = make_run()
     samples, losses = [], []
 
     def predict(net, x_t, *more):
