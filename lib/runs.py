@@ -144,7 +144,7 @@ def load_checkpoint(run):
     if not whole or zipfile.ZipFile(paths[0]).testzip():  # it holds a checksum of each tensor
         raise UserError(f"{paths[0]} cannot be read as a checkpoint: delete it to go on from the one before.")
     if state["update"] > run.args.updates:
-        raise UserError(f"the run in {out} has {state['update']} updates, more than --updates: give another --out.")
+        raise UserError(f"{out} has {state['update']} updates, more than --updates: give more, or another --out.")
     for name, p in trained.items():  # one tensor after another, so that none is on the GPU twice
         p.data.copy_(state["net"][name])
         run.optimizer.state[p] = {key: x.to(p.device, copy=True) for key, x in state["optimizer"][name].items()}
