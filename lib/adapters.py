@@ -1,6 +1,5 @@
 """Policies that share one network: LoRA adapters, by peft (Eq. 6, and --lora-rank)."""
 
-import copy
 import os
 
 from lib.files import UserError
@@ -44,15 +43,11 @@ def load_policy(path, role, base, model):
         if kinds[0] != kinds[1]:
             raise UserError(f"--{role} {path} is a model of another kind: {kinds[0]}, not {kinds[1]}.")
         return other.net.to(model.device).requires_grad_(False)
-    predicts = training_of(path, "prediction_type") or model.prediction_type  # other programs' adapters do not say
-    if predicts != model.prediction_type:
+    predicts = training_of(path, "prediction_type")
+    if predicts not in (None, model.prediction_type):  # None: other programs' adapters do not say
         raise UserError(f"--{role} {path} is an adapter of a model that predicts {predicts}, not "
                         f"{model.prediction_type}.")
-    pipe = copy.copy(model.pipe)  # with this network, and without text encoders, because c is the same for all policies
-    for part in [part for part in pipe.components if part.startswith("text_encoder")]:
-        setattr(pipe, part, None)
-    setattr(pipe, model.net_name, base)
-    put_adapter(pipe, path, role, f"--{role} ")
+    put_adapter(model, base, path, role, f"--{role} ")
     base.set_adapter([name for name in base.peft_config if name == "theta"])
     policy = with_adapter(base, role)
     policy.files = [adapter]

@@ -13,7 +13,6 @@
 objective, the pairs and the training loop know nothing else of a model. t counts from 0, where there is least noise.
 """
 
-import glob
 import inspect
 import json
 import os
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
-from lib.files import UserError, checksum, read_json, reading, text_checksum
+from lib.files import UserError, checksum, read_json, read_text, reading, text_checksum
 from lib.parts import AGAIN, LORA, WITHOUT, download, load_part, put_adapter, stored_dtype
 from lib.processes import is_first
 
@@ -38,7 +37,7 @@ PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1
            "shapes": os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "shapes")}
 GUIDANCE = {"shapes": 3.0}  # of sampling, where a preset has another than its family; guess: that of shapes.py
 STORED = {"sana-1.6b": "BF16"}  # trained in bfloat16, although its plain files are float32
-CHECKSUMS = {PRESETS["shapes"]: "268a343c3036cc7d"}  # of the folders in this repository, by folder_checksum
+CHECKSUMS = {PRESETS["shapes"]: "62ab77bc8b86bc03"}  # of the model in this repository, by model_checksum
 
 
 class StableDiffusion:
@@ -65,10 +64,8 @@ class StableDiffusion:
         """B prompts -> c, a dict of tensors (B, ...)."""
         if self.xl:
             embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, self.device, 1, False)
-            c = dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
-        else:
-            c = dict(prompt_embeds=self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0])
-        return to_dtype(c, self.dtype)
+            return dict(prompt_embeds=embeds.to(self.dtype), pooled_prompt_embeds=pooled.to(self.dtype))
+        return dict(prompt_embeds=self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].to(self.dtype))
 
     def sample_t(self, rng):
         """Sec. 3.3: t ~ U{1, ..., T}, counted from 0 as diffusers does; rng is a numpy generator."""
@@ -124,7 +121,7 @@ class Sana:
         instruction = inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
         embeds, mask, _, _ = self.pipe.encode_prompt(list(prompts), False, device=self.device,
                                                      complex_human_instruction=instruction)
-        return to_dtype(dict(prompt_embeds=embeds, prompt_attention_mask=mask), self.dtype)
+        return dict(prompt_embeds=embeds.to(self.dtype), prompt_attention_mask=mask.to(self.dtype))
 
     def sample_t(self, rng):
         return int(rng.random() * self.num_train_timesteps)
@@ -160,7 +157,7 @@ class SD3(Sana):
     def encode(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, self.device,
                                                        do_classifier_free_guidance=False)
-        return to_dtype(dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled), self.dtype)
+        return dict(prompt_embeds=embeds.to(self.dtype), pooled_prompt_embeds=pooled.to(self.dtype))
 
     def sample_t(self, rng):
         """Logit-normal: the place of t in [0, T) is the sigmoid of a normal number (SD3's paper, and script)."""
@@ -192,10 +189,6 @@ class LinearAttention(SanaLinearAttnProcessor2_0):
 FAMILIES = {  # the pipeline's class: ours, and the preset whose settings a folder or hub id of this family takes
     "StableDiffusionPipeline": (StableDiffusion, "sd14"), "StableDiffusionXLPipeline": (StableDiffusion, "sdxl"),
     "SanaPipeline": (Sana, "sana"), "StableDiffusion3Pipeline": (SD3, "sd3")}
-
-
-def to_dtype(tensors, dtype):
-    return {name: x.to(dtype) for name, x in tensors.items()}
 
 
 # ---- the same for all families
@@ -246,10 +239,9 @@ def latent_scale(model):
 def encode_images(model, pixels):
     """(B, 3, H, W) in [-1, 1] -> x_0. x_0 is the mean of the posterior, not a sample, so that no noise enters a
     pair. The autoencoder runs in float32, because SDXL's overflows in float16."""
-    vae = model.pipe.vae.float()
+    vae, (factor, shift) = model.pipe.vae.float(), latent_scale(model)
     code = vae.encode(pixels.to(vae.device))
     latents = code.latent if hasattr(code, "latent") else code.latent_dist.mode()
-    factor, shift = latent_scale(model)
     return (latents - shift) * factor
 
 
@@ -294,8 +286,7 @@ def training_of(folder, key):
 
 
 def preset_of(name):
-    """The preset whose settings suit a model: its own, that of the model it was tuned from, or the first of its
-    family."""
+    """The preset whose settings suit a model: its own, that of the model it was tuned from, or its family's."""
     path, _ = read_name(name)
     own = {path: preset for preset, path in PRESETS.items()}.get(path)
     return own or training_of(path, "preset") or FAMILIES[find(name)[1]["_class_name"]][1]
@@ -304,25 +295,21 @@ def preset_of(name):
 def find(name, of=""):
     """A model's folder, its model_index.json (a dict) and its variant. `of` begins the sentences of errors."""
     folder, variant = read_name(name)
-    index = os.path.join(folder, "model_index.json")
-    if not os.path.isfile(index):
-        known = "" if folder in PRESETS.values() else f" is no preset ({', '.join(PRESETS)}) and no diffusers folder"
-        folder = download(folder, variant, f"{of}{name}{known}")
-        index = os.path.join(folder, "model_index.json")
-    with reading(of + index, AGAIN), open(index, encoding="utf-8") as file:
-        config = json.load(file)
-        kind = config["_class_name"]
-    if kind not in FAMILIES:
-        raise UserError(f"{of}{name} is a {kind}, but only {', '.join(FAMILIES)} are supported.")
+    if not os.path.isfile(os.path.join(folder, "model_index.json")):
+        what = "" if folder in PRESETS.values() else f" is no preset ({', '.join(PRESETS)}) and no diffusers folder"
+        folder = download(folder, variant, f"{of}{name}{what}")
+    with reading(f"{of}{folder}: its model_index.json", AGAIN):
+        config = json.loads(read_text(os.path.join(folder, "model_index.json")))
+        if config["_class_name"] not in FAMILIES:
+            raise UserError(f"{of}{name} is a {config['_class_name']}, but only {', '.join(FAMILIES)} are supported.")
     return folder, config, variant
 
 
 def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
-    """The model called `name`: a preset, a hub id or a diffusers folder, each with @VARIANT or without, or the folder
-    of an adapter that train.py wrote. All parts are in `dtype`, but the network is in `net_dtype` where that is given,
-    and without `text` there are no text encoders. Where dtype is float16, what was made for bfloat16 is in bfloat16: a
-    model whose network is stored in it, SANA's and SD3's language models, and SANA's autoencoder. Raises UserError if
-    there is no such model or if it is damaged."""
+    """The model called `name`: a preset, a hub id or a folder, also of an adapter that train.py wrote. All parts are in
+    `dtype`, but the network is in `net_dtype` where that is given; without `text` there are no text encoders. Where
+    dtype is float16, what was made for bfloat16 is in that: a model whose network is stored in it, SANA's and SD3's
+    language models, and SANA's autoencoder. Raises UserError if there is no such model or if it is damaged."""
     adapter = os.path.join(name, LORA) if os.path.isfile(os.path.join(name, LORA)) else None
     base = training_of(name, "model") if adapter else name
     if not base:
@@ -330,9 +317,6 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     folder, config, variant = find(base, f"{name} is an adapter of another model: " if adapter else "")
     if base in PRESETS and folder == os.path.abspath(base) and is_first():
         print(f"note: {base} is the folder {folder}, not the preset", file=sys.stderr)
-    if folder in CHECKSUMS and CHECKSUMS[folder] != folder_checksum(folder):
-        raise UserError(f"{folder} is not as it is in this repository: git checkout brings it back. If you made it "
-                        f"anew, put its checksum, {folder_checksum(folder)}, into CHECKSUMS in lib/models.py.")
     preset, (family, _) = preset_of(base), FAMILIES[config["_class_name"]]
     stored = STORED.get(preset) or stored_dtype(folder, family.net_name, variant)
     dtype = torch.bfloat16 if dtype == torch.float16 and stored == "BF16" else dtype
@@ -343,21 +327,17 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
         if isinstance(entry, list) and part not in WITHOUT:
             left_out = not entry[0] or not text and part.startswith(("text_encoder", "tokenizer"))
             parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype), variant)
-    with reading(os.path.join(folder, "model_index.json"), AGAIN):
+    with reading(f"{folder}: its model_index.json", AGAIN):
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts).to(device)
-    if adapter:
-        put_adapter(pipe, name, "theta")
     pipe.set_progress_bar_config(disable=True)
     model = family(pipe, torch.device(device))
-    model.net.files += [adapter] * bool(adapter)
     model.stored, model.guidance = stored, GUIDANCE.get(preset, model.guidance)
+    if text and folder in CHECKSUMS and CHECKSUMS[folder] != model_checksum(model):
+        raise UserError(f"{folder} is not as it is in this repository: git checkout brings it back.")
+    if adapter:
+        put_adapter(model, model.net, name, "theta")
+        model.net.files.append(adapter)
     return model
-
-
-def folder_checksum(folder):
-    """A checksum, of 16 digits, of all files of the parts in a folder."""
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*")))
-    return text_checksum("\n".join(map(checksum, files)))[:16]
 
 
 def scheduler_checksum(model):

@@ -1,6 +1,7 @@
 """The parts of a diffusers folder, here or on the hub: which files are read, and which are missing or damaged."""
 
 import functools
+import glob
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import diffusers
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from safetensors import safe_open
 
@@ -22,8 +23,7 @@ for library in LIBRARIES.values():
     library.utils.logging.set_verbosity_error()  # they would warn of image processors and of each prompt too long
     library.utils.logging.disable_progress_bar()
 
-# Without the safety checker, which replaces images by black ones, and without marks in SDXL's images: neither has a
-# place in training data or in a benchmark.
+# The safety checker makes images black and the watermarker marks them, which training data and benchmarks must not be.
 WITHOUT = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False, add_watermarker=False)
 LORA = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 VARIANT = r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors"  # in the name of a file with weights
@@ -34,16 +34,17 @@ AGAIN = "copy or download it again, with weights as .safetensors (git lfs pull, 
 def download(path, variant, what):
     """The folder in the cache with the files of a hub id. Raises UserError, which begins with `what` and says why there
     is none."""
-    inside = [os.path.join(path, result) for result in ("pipeline", "lora")]
     if checkpoint := re.search(r"checkpoint-0*(\d+)\.pt$", path):
         raise UserError(f"{what}: the command that began this run, with --updates {checkpoint[1]}, makes a model of "
                         "its newest checkpoint, if that is this one.")
     if os.path.isfile(path):
         raise UserError(f"{what}: README.md has a command that makes a folder of a single file.")
+    for result in ("pipeline", "lora"):  # in the folder of a run
+        if os.path.isdir(os.path.join(path, result)):
+            raise UserError(f"{what}: give {os.path.join(path, result)}.")
     if os.path.isdir(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        instead = "".join([f": give {result}" for result in inside if os.path.isdir(result)][:1])
-        raise UserError(f"{what}: there is no {os.path.join(path, 'model_index.json')}{instead}")
-    try:  # one short question, because each of the hub's own functions would try for half a minute
+        raise UserError(f"{what}: there is no {os.path.join(path, 'model_index.json')}.")
+    try:  # one short question, because the hub's own functions wait for minutes where nothing answers
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
         online = True
     except (httpx.HTTPError, OfflineModeIsEnabled):
@@ -52,36 +53,24 @@ def download(path, variant, what):
         return diffusers.DiffusionPipeline.download(path, variant=variant, use_safetensors=True,
                                                     local_files_only=not online, **WITHOUT)
     except (OSError, ValueError) as error:
-        # diffusers' own words speak of a stack trace
-        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
-        variants = re.findall(VARIANT, str(cause))
-        if isinstance(cause, GatedRepoError):
-            why = f"access to it is restricted: ask for it at https://huggingface.co/{path}, then hf auth login."
-        elif isinstance(cause, RepositoryNotFoundError):
-            why = "the hub has no such model, or it is private (hf auth login)."
-        elif not online:
+        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error  # not diffusers' own words
+        said, variants = " ".join(str(cause).split("\n\n", 1)[-1].split()), re.findall(VARIANT, str(cause))
+        why = f"the hub says: {said} (a private or restricted model needs hf auth login)"
+        if not online:
             why = f"the hub could not be reached, and the cache has no whole {path}."
         elif variants and not variant:
             why = f"it has only weights of the variant {variants[0]}: give {path}@{variants[0]}."
-        else:
-            why = f"the hub says: {str(cause).strip().splitlines()[0]}"
         raise UserError(f"{what}: {why}") from None
 
 
 def weight_files(folder, part, variant=None):
-    """The paths of the files with a part's weights, as the libraries choose them, and their variant: the one that is
-    asked for if there are such files, else None, the plain ones. They are the shards of an index, or one file."""
+    """The paths of the files with a part's weights, one or several shards, and their variant: the one that is asked for
+    if there are such files, as the libraries choose it, else None, the plain ones."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), part, "*model*.safetensors")))
     for found in (variant, None):
-        infix = f".{found}" if found else ""
-        for stem in ("diffusion_pytorch_model", "model"):
-            index = os.path.join(folder, part, f"{stem}.safetensors.index{infix}.json")
-            plain = os.path.join(folder, part, f"{stem}{infix}.safetensors")
-            if os.path.isfile(index):
-                with reading(index, AGAIN), open(index, encoding="utf-8") as file:
-                    names = set(json.load(file)["weight_map"].values())
-                    return sorted(os.path.join(folder, part, name) for name in names), found
-            if os.path.isfile(plain):
-                return [plain], found
+        name = rf"(diffusion_pytorch_)?model{f'[.]{found}' if found else ''}(-\d+-of-\d+)?[.]safetensors"
+        if files := [path for path in paths if re.fullmatch(name, os.path.basename(path))]:
+            return files, found
     return [], None
 
 
@@ -93,9 +82,6 @@ def load_part(folder, part, library, kind, dtype, variant=None):
         raise UserError(f"{what} is custom code in {library}.py, which is never run.")
     with reading(what, AGAIN):
         kind, names = getattr(LIBRARIES[library], kind), sorted(os.listdir(path))
-        for name in names:
-            if name.endswith("config.json"):  # of damaged ones diffusers would say that it could not connect
-                json.loads(read_text(os.path.join(path, name))).keys()
         if not issubclass(kind, torch.nn.Module):
             loaded = kind.from_pretrained(path)
             if "tokenizer" in part and loaded("a").input_ids == loaded("b").input_ids:
@@ -114,8 +100,7 @@ def load_part(folder, part, library, kind, dtype, variant=None):
         if not isinstance(net.config.sample_size, int):
             raise UserError(f"{what} has the sample_size {net.config.sample_size}: only square images are supported.")
     if odd:
-        raise UserError(f"{what} has a config.json that does not fit its weights {sorted(odd)[:3]}: its files are not "
-                        "whole, or of another model.")
+        raise UserError(f"{what} is not whole, or of another model: its config.json does not fit {sorted(odd)[:3]}.")
     if not any(p.any() for p in net.parameters()):
         raise UserError(f"{what} has weights of 0 only.")
     net.files = files
@@ -154,21 +139,20 @@ def stored_dtype(folder, part, variant=None):
     return most
 
 
-def put_adapter(pipe, folder, name, flag=""):
-    """Gives a pipeline the LoRA adapter in a folder, in any format that diffusers converts, under a name. Raises
-    UserError unless all of its tensors are used and change something."""
-    what, given = f"{flag}{folder} is no adapter for this model", dict(weight_name=LORA, use_safetensors=True)
-    parts = {part: net for part, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
-    layers = {f"{part}.{layer}" for part, net in parts.items() for layer, _ in net.named_modules()}
+def put_adapter(model, net, folder, name, flag=""):
+    """Gives a network of a model the LoRA adapter in a folder, in any format that diffusers converts, under a name.
+    Raises UserError unless all of its tensors are used and change something."""
+    what, prefix = f"{flag}{folder} is no adapter for this model", f"{model.net_name}."
     with reading(f"{flag}{folder}", "it is no adapter for this model."), warnings.catch_warnings(action="ignore"):
-        net = parts.get("unet") or parts["transformer"]
-        found, *_ = type(pipe).lora_state_dict(folder, unet_config=net.config, return_lora_metadata=True, **given)
-        keys = [key.replace("text_model.", "") for key in found if not key.endswith("alpha")]
-        unused = [key for key in keys if key.split(".")[0] not in parts
-                  or ".lora" in key and key.split(".lora")[0] not in layers]
-        if keys and not unused:
-            pipe.load_lora_weights(folder, adapter_name=name, **given)  # peft warns of several, which Eq. 6 needs
-            used = {key: x for net in parts.values() for key, x in net.named_parameters() if f".{name}." in key}
+        weights, *alphas, metadata = type(model.pipe).lora_state_dict(
+            folder, weight_name=LORA, use_safetensors=True, unet_config=net.config, return_lora_metadata=True)
+        layers, keys = dict(net.named_modules()), [key for key in weights if not key.endswith("alpha")]
+        unused = [key for key in keys if not key.startswith(prefix)
+                  or ".lora" in key and key.removeprefix(prefix).split(".lora")[0] not in layers]
+        if keys and not unused:  # peft warns of several adapters, which Eq. 6 needs
+            net.load_lora_adapter(weights, prefix=model.net_name, adapter_name=name, metadata=metadata,
+                                  network_alphas=alphas[0] if alphas else None, low_cpu_mem_usage=True)
+            used = {key: x for key, x in net.named_parameters() if f".{name}." in key}
             unused = keys if len(used) != len(keys) else []
     if unused or not keys:
         raise UserError(f"{what}: {len(unused)} of its {len(keys)} tensors are for no layer of it: "
@@ -179,10 +163,10 @@ def put_adapter(pipe, folder, name, flag=""):
 
 def replace_unet(model, name):
     """Puts in a U-Net that is published alone: a hub id or a folder, with or without a subfolder `unet`."""
-    files = ["config.json", "diffusion_pytorch_model*.safetensors*"]
+    weights = "diffusion_pytorch_model*.safetensors*"
     with reading(f"--unet {name}", AGAIN):
         folder = name if os.path.isdir(name) else huggingface_hub.snapshot_download(
-            name, allow_patterns=[*files, *["unet/" + file for file in files], "scheduler/*.json"])
+            name, allow_patterns=["*config.json", weights, "unet/" + weights])
         inside = os.path.join(folder, "unet")
         path = inside if os.path.isdir(inside) else os.path.abspath(folder)
         net = load_part(*os.path.split(path), "diffusers", "UNet2DConditionModel", model.dtype)

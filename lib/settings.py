@@ -10,11 +10,10 @@ from lib import models
 # A row is an experiment. Its numbers (beta, lr, updates, warmup) are from [p] the paper, [r] the authors' research
 # scripts (github.com/dohyun-as/DDSPO a0f3bc9), [o] their released scripts (KU-MIIL/DDSPO f8e47a5), [d] the code of the
 # baseline's authors (SalesforceAIResearch/DiffusionDPO 5233e75, huaishengzhu/DSPO 8b4e09b), or [g] our guess; one
-# letter stands for all four. The batch is 2048 pairs [r, o]. The sources contradict each other: in [r], lr * beta =
-# 0.08192 for beta from 2000 to 24000, but [o]'s README says that lr is proportional to beta. Updates of SD-1.4: 100
-# [p], 500 (from 100 on evaluated) [r], 200 [o]. SDXL: AdamW [o], Adafactor [r]; t uniform [p], more small t [r], large
-# t [o]. SANA: lr 8.192e-5 and rank 128 [o], 4.096e-5 (by lr * beta) and rank 512 or 1024 [r]; weight decay 1e-2 [o],
-# 1e-4 [r].
+# letter stands for all four. The batch is 2048 pairs [r, o]. They contradict each other: lr * beta = 0.08192 for beta
+# from 2000 to 24000 [r], lr is proportional to beta [o's README]. Updates of SD-1.4: 100 [p], 500 (from 100 on
+# evaluated) [r], 200 [o]. SDXL: AdamW [o], Adafactor [r]; t uniform [p], more small t [r], large t [o]. SANA: lr
+# 8.192e-5 and rank 128 [o], 4.096e-5 (by lr * beta) and rank 512 or 1024 [r]; weight decay 1e-2 [o], 1e-4 [r].
 EXPERIMENTS = {
     # model      task         objective              beta         lr             updates       warmup
     ("sd14",   "alignment", "ddspo"):         dict(beta=16000, lr=5.12e-6,   updates=100,  warmup=100),  # 1a, 3 [prpr]
@@ -36,10 +35,9 @@ EXPERIMENTS = {
     ("shapes", "alignment", "distill"):       dict(scale=3,    lr=3e-5,      updates=80,   warmup=0, batch_size=64),
 }  # the numbers after # are the paper's tables; the last three rows: shapes.py
 FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # a model without a row takes one of its family
-# Pairs that 24 GB hold at once without --checkpointing, 1 for other models (calculated, not measured; SDXL and SD3 do
-# not fit there); and LoRA where the authors' scripts use it [o].
+# Pairs that 24 GB hold at once without --checkpointing; 1 elsewhere, where SDXL and SD3 do not fit (calculated).
 MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 2, "sana-1.6b": 1, "shapes": 64}
-LORA_RANK = {"sana": 128, "sana-1.6b": 128, "sd3": 128}
+LORA_RANK = {"sana": 128, "sana-1.6b": 128, "sd3": 128}  # where the authors' scripts use LoRA [o]
 HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
 MEMORY = """GB on a GPU in fp16 or bf16, calculated and not measured (with --checkpointing in brackets):
 sd14, sd15, sd21  18, and 2.6 (0.4) for each pair of --micro-batch    with LoRA   3, and 2.6 (0.4)
@@ -50,10 +48,9 @@ sd3                                                                   with LoRA 
 
 
 def find_row(args):
-    """The row of EXPERIMENTS that gives a run's defaults: of its model and task, else of its model's other task, else
-    of a model of its family; or None."""
-    preset, objective = models.preset_of(args.model), args.objective
-    objective = "policies" if args.winner and objective == "ddspo" else objective
+    """The row of EXPERIMENTS for a run's defaults: of its model and task, its model, its family, or None."""
+    preset = models.preset_of(args.model)
+    objective = "policies" if args.winner and args.objective == "ddspo" else args.objective
     fitting = [key for key in EXPERIMENTS if key[2] == objective and
                FAMILY.get(key[0], key[0]) == FAMILY.get(preset, preset)]
     return min(fitting, key=lambda key: (key[0] != preset, key[1] != args.task), default=None)

