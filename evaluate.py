@@ -12,7 +12,6 @@ a benchmark is judged, and what differs from the official way.
 """
 
 import argparse
-import io
 import json
 import os
 import shlex
@@ -73,7 +72,7 @@ def generate(args):
         for bench in rows:
             write_images(bench, rows[bench], model, args, rank, world)
     if rank == 0:
-        print(f"wrote the images of {', '.join(rows)}. Next:\npython evaluate.py score {shlex.quote(args.out)}")
+        print(f"{args.out} has images of {', '.join(rows)}. Next:\npython evaluate.py score {shlex.quote(args.out)}")
 
 
 def write_images(bench, rows, model, args, rank, world):
@@ -108,8 +107,7 @@ def sample_images(model, prompts, seeds, steps, guidance):
     x_T = torch.stack([models.initial_noise(seed, model.latent_shape) for seed in seeds])  # (B, channels, h, w)
     images = models.sample(model, prompts, x_T, steps, guidance, output_type="np")
     if not np.isfinite(images).all():
-        raise UserError(f"the model {model.pipe.name_or_path} makes images that are not numbers (NaN): its weights are "
-                        "damaged, or overflow in this precision.")
+        raise UserError(f"{model.pipe.name_or_path} makes images of NaN: its weights are damaged, or overflow.")
     return model.pipe.numpy_to_pil(images)
 
 
@@ -123,9 +121,8 @@ def save_image(image, path):
         large = os.path.join(os.path.dirname(folder), "im512", name)
         save_image(image, large)
         image = Image.open(large).resize((256, 256))
-    file = io.BytesIO()
-    image.save(file, "PNG" if path.endswith(".png") else "JPEG", compress_level=1)  # of PNG: fast, a little larger
-    write_file(path, file.getvalue())
+    kind = "PNG" if path.endswith(".png") else "JPEG"
+    write_file(path, lambda file: image.save(file, kind, compress_level=1))  # of PNG: fast, a little larger
 
 
 # ---- score
@@ -147,9 +144,8 @@ def score(args):
 
 
 def find_tasks(run, args):
-    """Yields (run, name, origin, batches, load) for each judge of a run: the name of its scores, what they belong to,
-    the batches that lack one (they are judged whole, so that no score depends on a stop), its loader. Raises UserError
-    if images are missing."""
+    """Yields (run, name, origin, batches, load) for each judge: its scores' name, what they belong to, the batches that
+    lack some (judged whole, so that none depends on a stop), its loader. Raises UserError if an image is missing."""
     there = [bench for bench in args.bench or BENCHMARKS if args.foreign and os.path.isdir(os.path.join(run, bench))]
     if there:
         shared.adopt(run, {bench: list_images(bench, args.data) for bench in there})

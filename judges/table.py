@@ -127,17 +127,16 @@ def make_table(runs, benchmarks):
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
         made = [f"{key} {value}" for key, value in settings[run].items() if value is not None and key != "lists"]
         remarks.append(f"{run}: {', '.join(made)}")
-    first, *others = runs
-    for run in others:
-        same = {bench for bench, _ in settings[run]["lists"].items() & settings[first]["lists"].items()} - {"coco"}
-        both = [metric for metric in found[run] if metric in found[first] and bench_of(metric) in same]
-        if both and settings[run]["seed"] == settings[first]["seed"]:
-            paired = rows[f"{run} − {first}"] = {}
+    for run in runs[1:]:
+        base = found[runs[0]]
+        same = {bench for bench, _ in settings[run]["lists"].items() & settings[runs[0]]["lists"].items()} - {"coco"}
+        both = [metric for metric in found[run] if metric in base and bench_of(metric) in same]
+        if both and settings[run]["seed"] == settings[runs[0]]["seed"]:
+            paired = rows[f"{run} − {runs[0]}"] = {}
             for metric in both:
-                base = found[first][metric]
-                paired[metric] = interval({group: x - base[group] for group, x in found[run][metric].items()})
+                paired[metric] = interval({k: x - base[metric][k] for k, x in found[run][metric].items()})
         else:
-            remarks.append(f"{run} and {first} share no benchmark with the same seeds and prompts: no differences.")
+            remarks.append(f"{run} and {runs[0]} share no benchmark with equal seeds and prompts: no differences.")
     paper = {f"paper, {source}: {row}": {  # the paper's GenEval is by the lenient rule
         "GenEval, lenient" if metric == "GenEval" else metric: dict(mean=x) for metric, x in values.items()}
         for source, preset, row, values in PAPER if preset in {one["base"] for one in settings.values()}}

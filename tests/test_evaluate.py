@@ -327,7 +327,7 @@ def test_images_that_are_not_numbers_are_an_error(world, sd):
     other = models.load(sd)
     other.pipe.vae.decoder.conv_out.bias.data[0] = float("nan")
     other.pipe.save_pretrained(world / "model")
-    with pytest.raises(SystemExit, match="the model .*model makes images that are not numbers"):
+    with pytest.raises(SystemExit, match="model makes images of NaN"):
         generate(world, str(world / "model"), "run", "--bench", "pick")
     assert not (world / "run" / "pick").exists()
 
@@ -779,7 +779,7 @@ def test_images_that_were_made_elsewhere_are_scored_too(world, sd, capsys):
 
 def test_an_image_of_another_size_is_refused_and_one_with_a_score_is_not_judged_again(world, sd, judges, capsys):
     generate(world, sd, "a run", "--bench", "pick")
-    assert capsys.readouterr().out.endswith(f"wrote the images of pick. Next:\npython evaluate.py score '{world / 'a run'}'\n")
+    assert capsys.readouterr().out.endswith(f"a run has images of pick. Next:\npython evaluate.py score '{world / 'a run'}'\n")
     score(world, "a run")
     path, scores = world / "a run" / "pick" / "images" / "00002.jpg", world / "a run" / "scores" / "pick.jsonl"
     first = scores.read_text()
@@ -966,9 +966,9 @@ def test_two_writers_and_a_lack_of_memory_end_in_one_sentence(world, sd, monkeyp
     monkeypatch.undo()
     set_count(monkeypatch, "pick", 4)
     monkeypatch.setattr(Image.Image, "save", write)
-    with pytest.raises(SystemExit, match="cannot read or write: .*No space left on device: 'x.jpg'. What was written before is kept"):
+    with pytest.raises(SystemExit, match="No space left on device: .*pick/images/0000.*jpg"):
         generate(world, sd, "run", "--bench", "pick")
-    assert not (world / "run" / "pick").exists() and not [name for name in os.listdir(world / "run") if "partial" in name]
+    assert not [name for *_, names in os.walk(world / "run" / "pick") for name in names]  # no half of an image
 
 
 def test_weights_put_in_place_by_hand_must_have_the_sha256_of_their_name(tmp_path, monkeypatch):
