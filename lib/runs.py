@@ -18,7 +18,6 @@ import numpy as np
 import psutil
 import torch
 from huggingface_hub import ModelCardData
-from torch.utils.tensorboard import SummaryWriter
 
 from lib import files, models, plots
 from lib.files import UserError, checksum, difference, text_checksum
@@ -167,6 +166,7 @@ def open_log(run, update):
     first = dict(update=0, noise_floor=run.floor, precision=run.precision)  # noise_floor: what rounding does to a logit
     files.write_file(path, files.to_lines(rows if rows and update else [first]))
     if run.args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # here, because few runs need it
         return SummaryWriter(os.path.join(run.args.out, "tensorboard"), purge_step=update + 1)
 
 
