@@ -111,7 +111,7 @@ def begin_store(args, out, rows, model, how):
         stop_if_bad(args.prompts, [f"{args.prompts}: {name}: c and c_minus are the same in the tokens that the model "
                                    "reads" for name in models.same_tokens(model, rows)])
     settings = dict(scheduler=models.scheduler_checksum(model), weights=models.model_checksum(model),
-                    latents=list(model.latent_shape), scale=models.latent_scale(model), pairs=len(rows),
+                    latents=list(model.latent_shape), scale=model.latent_scale, pairs=len(rows),
                     dtype=str(model.dtype).removeprefix("torch."), shard_size=args.shard_size, **how)
     text = to_lines(row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows))
     notes = dict(model=args.model, table=text_checksum(text),

@@ -3,7 +3,7 @@
 import os
 
 from lib.files import UserError
-from lib.models import latent_scale, load, training_of
+from lib.models import load, training_of
 from lib.parts import LORA, put_adapter
 
 
@@ -39,7 +39,7 @@ def load_policy(path, role, base, model):
     adapter = os.path.join(path, LORA)
     if not os.path.isfile(adapter):
         other = load(path, text=False)
-        kinds = [(type(m.pipe).__name__, m.latent_shape, latent_scale(m), m.prediction_type) for m in (other, model)]
+        kinds = [(type(m.pipe).__name__, m.latent_shape, m.latent_scale, m.prediction_type) for m in (other, model)]
         if kinds[0] != kinds[1]:
             raise UserError(f"--{role} {path} is a model of another kind: {kinds[0]}, not {kinds[1]}.")
         return other.net.to(model.device).requires_grad_(False)

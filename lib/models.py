@@ -105,12 +105,11 @@ class Sana:
         self.latent_shape = self.net.config.in_channels, *[self.net.config.sample_size] * 2
         self.num_train_timesteps = pipe.scheduler.config.num_train_timesteps
         kind, given = type(pipe.scheduler), pipe.scheduler.load_config(pipe.name_or_path, subfolder="scheduler")
-        shift = given.get("shift" if "shift" in inspect.signature(kind).parameters else "flow_shift")
+        self.shift = given.get("shift" if "shift" in inspect.signature(kind).parameters else "flow_shift")
         flows = "FlowMatch" in kind.__name__ or given.get("use_flow_sigmas")
-        if not flows or shift is None or given.get("use_dynamic_shifting"):  # without it kind would silently take 1
+        if not flows or not self.shift or given.get("use_dynamic_shifting"):  # without it kind would silently take 1
             raise UserError(f"{pipe.name_or_path}: the file of its {kind.__name__} has no use_flow_sigmas, or has no "
                             "fixed shift or flow_shift, so that the noise at t is unknown.")
-        self.shift = float(shift)
         for module in self.net.modules():
             if isinstance(getattr(module, "processor", None), SanaLinearAttnProcessor2_0):
                 module.set_processor(LinearAttention())
@@ -194,18 +193,12 @@ FAMILIES = {  # the pipeline's class: ours, and the preset whose settings a fold
 # ---- the same for all families
 
 
-def tokenizers(model):
-    """Each tokenizer of a model, and how many tokens of a prompt it reads."""
-    found = [(part, getattr(model.pipe, part, None)) for part in ("tokenizer", "tokenizer_2", "tokenizer_3")]
-    return [(t, model.max_tokens.get(part, t.model_max_length)) for part, t in found if t]
-
-
 def same_tokens(model, rows):
     """The ids of the rows whose c and c_minus are the same to the model: the same tokens, as far as it reads."""
     rows = [row for row in rows if row["c_minus"] is not None]
     read = (lambda text: text.lower().strip()) if model.lower_case else str
     differ = np.zeros(len(rows), bool)
-    for tokenizer, limit in tokenizers(model) if rows else ():
+    for tokenizer, limit in model.tokenizers if rows else ():
         c, c_minus = (tokenizer([read(row[key]) for row in rows], truncation=True, max_length=limit).input_ids
                       for key in ("c", "c_minus"))
         differ |= [a != b for a, b in zip(c, c_minus)]
@@ -215,7 +208,7 @@ def same_tokens(model, rows):
 def count_too_long(model, prompts):
     """How many of the prompts none of the text encoders reads to the end."""
     whole = np.zeros(len(prompts), bool)
-    for tokenizer, limit in tokenizers(model):
+    for tokenizer, limit in model.tokenizers:
         whole |= [len(ids) <= limit for ids in tokenizer(prompts).input_ids]
     return len(prompts) - int(whole.sum())
 
@@ -229,17 +222,11 @@ def sample(model, prompts, x_T, steps, guidance, output_type="latent"):
                       **model.sampling).images
 
 
-def latent_scale(model):
-    """[factor, shift]: x_0 = (the autoencoder's latents - shift) * factor."""
-    config = model.pipe.vae.config
-    return [config.scaling_factor, config.get("shift_factor") or 0.0]
-
-
 @torch.no_grad()
 def encode_images(model, pixels):
     """(B, 3, H, W) in [-1, 1] -> x_0. x_0 is the mean of the posterior, not a sample, so that no noise enters a
     pair. The autoencoder runs in float32, because SDXL's overflows in float16."""
-    vae, (factor, shift) = model.pipe.vae.float(), latent_scale(model)
+    vae, (factor, shift) = model.pipe.vae.float(), model.latent_scale
     code = vae.encode(pixels.to(vae.device))
     latents = code.latent if hasattr(code, "latent") else code.latent_dist.mode()
     return (latents - shift) * factor
@@ -248,7 +235,7 @@ def encode_images(model, pixels):
 @torch.no_grad()
 def decode(model, x_0):
     """x_0 (B, channels, h, w) -> B PIL images."""
-    vae, (factor, shift) = model.pipe.vae.float(), latent_scale(model)
+    vae, (factor, shift) = model.pipe.vae.float(), model.latent_scale
     pixels = vae.decode(x_0.to(vae.device, torch.float32) / factor + shift, return_dict=False)[0]
     return model.pipe.image_processor.postprocess(pixels, output_type="pil")
 
@@ -332,6 +319,10 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     pipe.set_progress_bar_config(disable=True)
     model = family(pipe, torch.device(device))
     model.stored, model.guidance = stored, GUIDANCE.get(preset, model.guidance)
+    # x_0 = (the autoencoder's latents - shift) * factor; and each tokenizer with how many tokens of a prompt it reads
+    model.latent_scale = [pipe.vae.config.scaling_factor, pipe.vae.config.get("shift_factor") or 0.0]  # factor, shift
+    model.tokenizers = [(part, family.max_tokens.get(name, part.model_max_length))
+                        for name, part in pipe.components.items() if name.startswith("tokenizer") and part]
     if text and folder in CHECKSUMS and CHECKSUMS[folder] != model_checksum(model):
         raise UserError(f"{folder} is not as it is in this repository: git checkout brings it back.")
     if adapter:
@@ -347,8 +338,7 @@ def scheduler_checksum(model):
 
 
 def model_checksum(model):
-    """What a loaded model is, whatever its folder is called: a checksum, of 16 digits, of the files that its weights
-    are from, of its scheduler's settings and of the shape of its latents."""
+    """What a model is, wherever it lies: a checksum, of 16 digits, of its weights, scheduler and latents' shape."""
     nets = [part for _, part in sorted(model.pipe.components.items()) if isinstance(part, torch.nn.Module)]
     files = [checksum(path) for net in nets for path in net.files]
     return text_checksum("\n".join([*files, scheduler_checksum(model), str(model.latent_shape)]))[:16]

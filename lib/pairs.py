@@ -80,7 +80,7 @@ def read_meta(folder):
 
 def misfit(meta, model):
     """Why a model cannot read a store's latents: a sentence, empty if it can."""
-    shape, scale = list(model.latent_shape), models.latent_scale(model)
+    shape, scale = list(model.latent_shape), model.latent_scale
     if shape == meta["latents"] and scale == meta["scale"]:
         return ""
     return (f"it holds latents {meta['latents']} of scale {meta['scale']}, but {model.pipe.name_or_path} needs {shape} "

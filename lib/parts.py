@@ -32,8 +32,7 @@ AGAIN = "copy or download it again, with weights as .safetensors (git lfs pull, 
 
 @functools.cache
 def download(path, variant, what):
-    """The folder in the cache with the files of a hub id. Raises UserError, which begins with `what` and says why there
-    is none."""
+    """The folder in the cache with the files of a hub id, or a UserError that begins with `what` and says why not."""
     if checkpoint := re.search(r"checkpoint-0*(\d+)\.pt$", path):
         raise UserError(f"{what}: the command that began this run, with --updates {checkpoint[1]}, makes a model of "
                         "its newest checkpoint, if that is this one.")
@@ -64,8 +63,7 @@ def download(path, variant, what):
 
 
 def weight_files(folder, part, variant=None):
-    """The paths of the files with a part's weights, one or several shards, and their variant: the one that is asked for
-    if there are such files, as the libraries choose it, else None, the plain ones."""
+    """The paths of a part's weights and their variant: that which is asked for if it is there, else None."""
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), part, "*model*.safetensors")))
     for found in (variant, None):
         name = rf"(diffusion_pytorch_)?model{f'[.]{found}' if found else ''}(-\d+-of-\d+)?[.]safetensors"
@@ -75,8 +73,7 @@ def weight_files(folder, part, variant=None):
 
 
 def load_part(folder, part, library, kind, dtype, variant=None):
-    """A part of a pipeline; a network has the paths of its weights in `files`. Raises UserError, which names the part,
-    if it is not whole, is another model's or custom code."""
+    """A part of a pipeline, a network with the paths of its weights as `files`; or a UserError that names the part."""
     path, what = os.path.join(folder, part), f"{folder}: its {part}"
     if library not in LIBRARIES:
         raise UserError(f"{what} is custom code in {library}.py, which is never run.")
@@ -110,9 +107,8 @@ def load_part(folder, part, library, kind, dtype, variant=None):
 def copy_parts(folder, config, variant, without, target):
     """Copies a model's folder, byte for byte, but for the part `without`, the safety checker and weights that are not
     read; files of a variant get plain names. config is its model_index.json."""
-    if "safety_checker" in config:
-        config = config | dict.fromkeys(("safety_checker", "feature_extractor"), [None, None])
-        config["requires_safety_checker"] = False
+    absent = dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)
+    config = config | absent if "safety_checker" in config else config
     write_file(os.path.join(target, "model_index.json"), json.dumps(config, indent=2) + "\n")
     for part in [part for part, entry in config.items() if isinstance(entry, list) and entry[0] and part != without]:
         files, found = weight_files(folder, part, variant)
@@ -127,8 +123,7 @@ def copy_parts(folder, config, variant, without, target):
 
 
 def stored_dtype(folder, part, variant=None):
-    """The precision of most of a part's weights, by its name in the format; None without a file. Raises UserError for
-    integers."""
+    """The precision of most of a part's weights, as its files name it, or None. Raises UserError for integers."""
     dtypes = []
     for path in weight_files(folder, part, variant)[0]:
         with reading(path, AGAIN), safe_open(path, framework="pt") as file:

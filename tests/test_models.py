@@ -184,7 +184,7 @@ def test_sampling_is_the_pipeline_called_with_the_prompts(model, theirs, guidanc
 
 
 def test_x_0_is_the_pipelines_latents_and_encode_images_their_mean(model, theirs):
-    factor, shift = models.latent_scale(model)
+    factor, shift = model.latent_scale
     x_0, images = (as_a_user(theirs, inputs(model)[0], output_type=kind) for kind in ("latent", "pt"))
     torch.manual_seed(0)
     pixels, half = torch.rand(2, 3, 64, 64) * 2 - 1, models.load(model.folder, dtype=torch.float16)
