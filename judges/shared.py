@@ -17,7 +17,6 @@ A run's folder has, beside the images,
 import json
 import os
 
-import diffusers
 import numpy as np
 import torch
 import transformers
@@ -41,8 +40,7 @@ def settings_of(model, args):
                  pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)
     base = models.training_of(args.model, "model") or args.model  # what the model was tuned from
     base = {path: preset for preset, path in models.PRESETS.items()}.get(models.read_name(base)[0], base)
-    return fixed, dict(model=args.model, unet=args.unet, base=base, lists={},
-                       versions=f"torch {torch.__version__}, diffusers {diffusers.__version__}")
+    return fixed, dict(model=args.model, unet=args.unet, base=base, lists={})
 
 
 def begin(run, lists, fixed, notes=()):

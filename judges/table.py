@@ -79,15 +79,15 @@ def to_markdown(rows, paper):
     texts = [markdown_table(["", *columns], [(name, *[row.get(metric, "") for metric in columns])
                                              for name, row in cells.items() if row.keys() & set(columns)])]
     if parts:
-        texts.append(markdown_table(["", *rows], [(part, *[cells[name].get(part, "") for name in rows])
+        texts.append(markdown_table(["", *rows], [(part, *[cells[run].get(part, "") for run in rows])
                                                   for part in parts]))
     notes = [f"- {metric}: {NOTES[metric]}" for metric in columns if metric in NOTES]
     return "\n\n".join([*texts, BRACKETS, "\n".join(notes)])
 
 
 def collect(run, settings, benchmarks):
-    """{metric: {group: (prompts,)}, or a number for FID and IS} of all that has been scored in a run. A metric is the
-    mean over its groups of their means: GenEval's overall score, and the CB of the paper."""
+    """{metric: {group: (prompts,)}} of all that has been scored in a run, but dict(mean=number) for FID and IS. A
+    metric is the mean over groups of their means: GenEval's overall score, and the CB of the paper."""
     scores, found = {}, {}
     for bench, (count, _, judges) in benchmarks.items():
         for name, (groups, _, weights) in judges.items():
@@ -111,7 +111,7 @@ def collect(run, settings, benchmarks):
         named = {"AM": am, "GM": gm} | {f"AM: {skill}": x for skill, x in skills.items()}
         named |= {f"GM: {count} atoms": x for count, x in atoms.items()}
         found |= {f"GenEval 2 {name}": dict(all=x) for name, x in named.items()}
-    return found | scores["coco"].get("all", {})
+    return found | {metric: dict(mean=x) for metric, x in scores["coco"].get("all", {}).items()}
 
 
 def make_table(runs, benchmarks):
@@ -121,8 +121,7 @@ def make_table(runs, benchmarks):
     if not any(found.values()):
         raise UserError(f"no benchmark in {', '.join(runs)} has been scored yet: run evaluate.py score first.")
     for run in runs:
-        rows[run] = {metric: interval(value) if isinstance(value, dict) else dict(mean=value)
-                     for metric, value in found[run].items()}
+        rows[run] = {metric: value if "mean" in value else interval(value) for metric, value in found[run].items()}
         rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in rows[run] if ":" not in metric}
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
         made = [f"{key} {value}" for key, value in settings[run].items() if value is not None and key != "lists"]

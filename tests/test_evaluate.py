@@ -280,7 +280,7 @@ def test_a_unet_that_is_published_alone_takes_the_place_of_the_models(world, sd,
         with pytest.raises(SystemExit, match="a was begun with other checksum"):
             generate(world, sd, "a", "--bench", "pick", *flags)
     for unet, message in ((world / "nothing", "--unet .*nothing cannot be read"),
-                          (family_folders["sdxl"], "is of another kind than the model: its cross_attention_dim is 80, not 32")):
+                          (family_folders["sdxl"], "its cross_attention_dim is 80, not 32.: it must be a U-Net of the model's kind")):
         with pytest.raises(SystemExit, match=message):
             generate(world, sd, "d", "--bench", "pick", "--unet", str(unet))
 
@@ -293,7 +293,7 @@ def test_a_unet_of_another_kind_is_refused_before_anything_is_written(change, me
     if not net:
         other.scheduler.register_to_config(**change)
     other.save_pretrained(world / "other")
-    with pytest.raises(SystemExit, match=rf"--unet .*other is of another kind than the model: {message}"):
+    with pytest.raises(SystemExit, match=rf"--unet .*other cannot be read \({message}\): it must be a U-Net of the model's kind"):
         generate(world, sd, "run", "--bench", "pick", "--unet", str(world / "other"))
     assert not (world / "run").exists()
 
