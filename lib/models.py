@@ -50,9 +50,8 @@ class StableDiffusion:
         self.xl = hasattr(pipe, "text_encoder_2")
         self.steps, self.guidance = 25, 5.0 if self.xl else 7.5  # of sampling (script)
         self.prediction_type = pipe.scheduler.config.get("prediction_type")
-        if self.prediction_type not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
-            raise UserError(f"{pipe.name_or_path}: its {type(pipe.scheduler).__name__} predicts {self.prediction_type}:"
-                            " only epsilon and v_prediction with DDPM's noise (alphas_cumprod) are supported.")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"it predicts {self.prediction_type}")
         self.alpha_bar = pipe.scheduler.alphas_cumprod.to(device, torch.float32)  # (T,)
         self.num_train_timesteps = len(self.alpha_bar)
         self.latent_shape = self.net.config.in_channels, *[self.net.config.sample_size] * 2
@@ -108,8 +107,7 @@ class Sana:
         self.shift = given.get("shift" if "shift" in inspect.signature(kind).parameters else "flow_shift")
         flows = "FlowMatch" in kind.__name__ or given.get("use_flow_sigmas")
         if not flows or not self.shift or given.get("use_dynamic_shifting"):  # without it kind would silently take 1
-            raise UserError(f"{pipe.name_or_path}: the file of its {kind.__name__} has no use_flow_sigmas, or has no "
-                            "fixed shift or flow_shift, so that the noise at t is unknown.")
+            raise ValueError(f"{kind.__name__} has no use_flow_sigmas, or no fixed shift or flow_shift")
         for module in self.net.modules():
             if isinstance(getattr(module, "processor", None), SanaLinearAttnProcessor2_0):
                 module.set_processor(LinearAttention())
@@ -207,10 +205,8 @@ def same_tokens(model, rows):
 
 def count_too_long(model, prompts):
     """How many of the prompts none of the text encoders reads to the end."""
-    whole = np.zeros(len(prompts), bool)
-    for tokenizer, limit in model.tokenizers:
-        whole |= [len(ids) <= limit for ids in tokenizer(prompts).input_ids]
-    return len(prompts) - int(whole.sum())
+    whole = [[len(ids) <= limit for ids in tokenizer(prompts).input_ids] for tokenizer, limit in model.tokenizers]
+    return sum(not any(of_a_prompt) for of_a_prompt in zip(*whole))
 
 
 @torch.no_grad()
@@ -317,7 +313,8 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     with reading(f"{folder}: its model_index.json", AGAIN):
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts).to(device)
     pipe.set_progress_bar_config(disable=True)
-    model = family(pipe, torch.device(device))
+    with reading(f"{folder}: its scheduler", "it must be DDPM's for epsilon or v, or a flow's with a fixed shift."):
+        model = family(pipe, torch.device(device))
     model.stored, model.guidance = stored, GUIDANCE.get(preset, model.guidance)
     # x_0 = (the autoencoder's latents - shift) * factor; and each tokenizer with how many tokens of a prompt it reads
     model.latent_scale = [pipe.vae.config.scaling_factor, pipe.vae.config.get("shift_factor") or 0.0]  # factor, shift

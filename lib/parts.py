@@ -137,7 +137,7 @@ def stored_dtype(folder, part, variant=None):
 def put_adapter(model, net, folder, name, flag=""):
     """Gives a network of a model the LoRA adapter in a folder, in any format that diffusers converts, under a name.
     Raises UserError unless all of its tensors are used and change something."""
-    what, prefix = f"{flag}{folder} is no adapter for this model", f"{model.net_name}."
+    prefix = f"{model.net_name}."
     with reading(f"{flag}{folder}", "it is no adapter for this model."), warnings.catch_warnings(action="ignore"):
         weights, *alphas, metadata = type(model.pipe).lora_state_dict(
             folder, weight_name=LORA, use_safetensors=True, unet_config=net.config, return_lora_metadata=True)
@@ -149,17 +149,16 @@ def put_adapter(model, net, folder, name, flag=""):
                                   network_alphas=alphas[0] if alphas else None, low_cpu_mem_usage=True)
             used = {key: x for key, x in net.named_parameters() if f".{name}." in key}
             unused = keys if len(used) != len(keys) else []
-    if unused or not keys:
-        raise UserError(f"{what}: {len(unused)} of its {len(keys)} tensors are for no layer of it: "
-                        f"{', '.join(unused[:3])}")
-    if not any(x.any() for key, x in used.items() if ".lora_B." in key):
-        raise UserError(f"{what}: all of its lora_B are 0, so that it changes nothing.")
+        if unused or not keys:
+            raise ValueError(f"{len(unused)} of its {len(keys)} tensors are for no layer: {', '.join(unused[:3])}")
+        if not any(x.any() for key, x in used.items() if ".lora_B." in key):
+            raise ValueError("all of its lora_B are 0, so that it changes nothing")
 
 
 def replace_unet(model, name):
     """Puts in a U-Net that is published alone: a hub id or a folder, with or without a subfolder `unet`."""
     weights = "diffusion_pytorch_model*.safetensors*"
-    with reading(f"--unet {name}", AGAIN):
+    with reading(f"--unet {name}", "it must be a U-Net of the model's kind, with weights as .safetensors."):
         folder = name if os.path.isdir(name) else huggingface_hub.snapshot_download(
             name, allow_patterns=["*config.json", weights, "unet/" + weights])
         inside = os.path.join(folder, "unet")
@@ -167,10 +166,9 @@ def replace_unet(model, name):
         net = load_part(*os.path.split(path), "diffusers", "UNet2DConditionModel", model.dtype)
         scheduler = os.path.join(os.path.dirname(path), "scheduler", "scheduler_config.json")
         predicts = read_json(scheduler).get("prediction_type", "epsilon") if os.path.isfile(scheduler) else None
-    found = dict(net.config, prediction_type=predicts or model.prediction_type)
-    wanted = dict(model.net.config, prediction_type=model.prediction_type)
-    for key in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "prediction_type"):
-        if found[key] != wanted.get(key):
-            raise UserError(f"--unet {name} is of another kind than the model: its {key} is {found[key]}, not "
-                            f"{wanted.get(key)}.")
+        found = dict(net.config, prediction_type=predicts or model.prediction_type)
+        wanted = dict(model.net.config, prediction_type=model.prediction_type)
+        for key in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "prediction_type"):
+            if found[key] != wanted.get(key):
+                raise ValueError(f"its {key} is {found[key]}, not {wanted.get(key)}")
     model.net = model.pipe.unet = net.to(model.device)
