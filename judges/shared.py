@@ -4,13 +4,12 @@ from the hub or from their authors' own checkpoints; CLIP, the overlap of boxes,
     items(data)           of a benchmark: a row for each image in the order of their seeds, with its `path` in a run's
                           folder, its `prompt`, the `group` in which scores are averaged first, the prompt's `index` in
                           it, and what else the judge needs. `data` is the folder of the fetched lists.
-    load(device, data)    a judge: judge(rows, images) gives a dict for each PIL image, with its `correct` or `value`;
-                          fid.py's `summary` makes FID and IS of all of them.
+    load(device, data)    a judge: judge(rows, images) gives a dict for each PIL image, with its `correct` or `value`
 
 A run's folder has, beside the images,
 
     settings.json               what the images were made with, and the checksums of the lists of prompts
-    scores/NAME.jsonl           what a judge found, a line an image; scores/coco.json, FID and IS
+    scores/NAME.jsonl           what a judge found, a line an image; scores/coco.json: FID and IS, of all images
     scores/NAME/settings.json   of which images that is, and which weights the judge has
 """
 
@@ -33,8 +32,7 @@ VALUES = {"geneval": ("correct", 1), "shapes": ("correct", 1), "coco": ("FID", 1
 
 
 def settings_of(model, args):
-    """(what images depend on, what else is worth knowing). The model is known by its checksum, because a path may hold
-    another run's tomorrow."""
+    """(what images depend on, what else is worth knowing). A checksum is the model: its path may hold another later."""
     fixed = dict(checksum=models.model_checksum(model), steps=model.steps, guidance=model.guidance, seed=args.seed,
                  sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
                  pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)
@@ -44,8 +42,7 @@ def settings_of(model, args):
 
 
 def begin(run, lists, fixed, notes=()):
-    """Begins a run's folder, or goes on in it. Notes the checksums of its lists of prompts: {benchmark: rows}. Raises
-    UserError if the folder was begun with other settings or prompts."""
+    """Begins a run's folder with {benchmark: rows}, or goes on in it. Raises UserError if it was begun otherwise."""
     path = os.path.join(run, "settings.json")
     same_settings(path, fixed, notes)
     found = read_settings(run)

@@ -127,13 +127,13 @@ def make_table(runs, benchmarks):
         made = [f"{key} {value}" for key, value in settings[run].items() if value is not None and key != "lists"]
         remarks.append(f"{run}: {', '.join(made)}")
     for run in runs[1:]:
-        base = found[runs[0]]
         same = {bench for bench, _ in settings[run]["lists"].items() & settings[runs[0]]["lists"].items()} - {"coco"}
-        both = [metric for metric in found[run] if metric in base and bench_of(metric) in same]
+        both = [metric for metric in found[run] if metric in found[runs[0]] and bench_of(metric) in same]
         if both and settings[run]["seed"] == settings[runs[0]]["seed"]:
             paired = rows[f"{run} − {runs[0]}"] = {}
             for metric in both:
-                paired[metric] = interval({k: x - base[metric][k] for k, x in found[run][metric].items()})
+                base = found[runs[0]][metric]
+                paired[metric] = interval({group: x - base[group] for group, x in found[run][metric].items()})
         else:
             remarks.append(f"{run} and {runs[0]} share no benchmark with equal seeds and prompts: no differences.")
     paper = {f"paper, {source}: {row}": {  # the paper's GenEval is by the lenient rule
