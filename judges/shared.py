@@ -28,7 +28,9 @@ from lib.images import open_rgb
 # ---- a run's folder
 
 FIXED = ("checksum", "steps", "guidance", "seed", "sampler", "precision", "pixels")  # the same for all in a folder
-VALUES = {"geneval": ("correct", 1), "shapes": ("correct", 1), "coco": ("FID", 1e9)}  # in a row, and how far from 0
+VALUES = {  # what a judge's row is averaged by, and its ends: else "value", from -101 to 101. A cosine may pass 1 a bit
+    "geneval": ("correct", 0, 1), "shapes": ("correct", 0, 1), "coco": ("FID", 0, 1e9), "blip": ("value", 0, 1),
+    "owl": ("value", 0, 1), "clipscore": ("value", -1.01, 1.01), "geneval2": ("value", 0, 6.01)}
 
 
 def settings_of(model, args):
@@ -76,8 +78,8 @@ def read_settings(run):
 def read_scores(run, name, origin):
     """{path of an image: its row} of what a judge has found, without a last line that a stop left unfinished. FID and
     IS are the row of "all". Raises UserError if it is of another `origin`: settings, prompts and judge."""
-    folder, rows = os.path.join(run, "scores", name), {}
-    path, (key, most) = folder + (".json" if name == "coco" else ".jsonl"), VALUES.get(name, ("value", 101))
+    folder, rows, (key, low, high) = os.path.join(run, "scores", name), {}, VALUES.get(name, ("value", -101, 101))
+    path = folder + (".json" if name == "coco" else ".jsonl")
     if not os.path.exists(path):
         return rows
     with open(path, "rb") as file:
@@ -86,7 +88,7 @@ def read_scores(run, name, origin):
         with reading(f"{path}:{number}", "delete that line and give the command of score again."):
             row = json.loads(line)
             rows["all" if name == "coco" else row["path"]] = row
-            if not abs(row[key]) <= most:
+            if not low <= row[key] <= high:
                 raise ValueError(f"{key} cannot be {row[key]}")
     note, again = os.path.join(folder, "settings.json"), f"delete {folder}*, so that all is judged again."
     with reading(note, again), open(note, encoding="utf-8") as file:

@@ -559,6 +559,7 @@ def test_a_stop_costs_a_line_of_scores_wherever_it_came(tmp_path):
     ("pick", "[]"), ("pick", "5"), ("pick", '{"value": 1}'), ("pick", '{"path": "\xff"}'), ("pick", '{"path": "b"}'), ("pick", '{"path": [], "value": 1}'),
     ("shapes", '{"path": "b", "value": 1}'), *[("shapes", f'{{"path": "b", "correct": {bad}}}') for bad in ("7", '"no"', "null", "-3", "NaN", "[]")],
     *[("pick", f'{{"path": "b", "value": {bad}}}') for bad in ("null", "[1]", '"no"', "NaN", "Infinity", "-1e9")],
+    *[(judge, f'{{"path": "b", "value": {bad}}}') for judge in ("blip", "owl", "clipscore", "geneval2") for bad in ("7", "-3")],
     *[("coco", bad) for bad in ("[]", "{", '{"IS": 3}', '{"FID": NaN, "IS": 2}', '{"FID": "x", "IS": 2}')]])
 def test_a_score_that_no_judge_gives_is_named(name, bad, tmp_path):
     first = "" if name == "coco" else json.dumps(dict(path="a", value=0.5, correct=True)) + "\n"
