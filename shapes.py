@@ -124,7 +124,7 @@ def true_moments(seed):
 
 
 def scores(homes, name, g, what="correct"):
-    """Whether all was right, (seeds, prompts), or the Fréchet distances, (seeds,)."""
+    """With each seed "correct", whether all was right, (seeds, prompts), or "frechet", the distances (seeds,)."""
     return np.array([score_model(home, name, seed, g)[what] for seed, home in homes.items()], float)
 
 

@@ -66,13 +66,13 @@ def other_stores(home, seed):
                 for row in rows[:FULL_PAIRS // 4]]
         stores[f"{share:.0%} removed"] = make_store(f"{home}/{share:.0%} removed", some, seed)
     noise = make_store(f"{home}/other noise", rows, seed + 50)
-    for n, (name, losers) in itertools.product(FEW_PAIRS, (("", whole), (", losers of other noise", noise))):
-        name = f"{n} pairs{name}"
+    for n, (which, losers) in itertools.product(FEW_PAIRS, (("", whole), (", losers of other noise", noise))):
+        name = f"{n} pairs{which}"
         if name not in stores:
             stores[name] = select(f"{home}/{name}/pairs", whole, losers, range(n))
     for row in rows:
         c, c_minus = ([word for word in row[key].split() if word in world.CONTENT] for key in ("c", "c_minus"))
-        kept.append(len(c_minus) / len(c))
+        kept.append(len(c_minus) / len(c))  # of the words that say what to draw
     lost = np.argsort(kept, kind="stable")[::-1]  # those that lost least come first
     for which, chosen in zip(("least", "more", "most"), np.array_split(lost, 3)):
         stores[f"c_minus lost {which}"] = select(f"{home}/c_minus lost {which}/pairs", whole, whole, chosen.tolist())
@@ -130,7 +130,7 @@ def methods(homes):
 
 def negative_prompt(homes, share, scale):
     """Scores the untuned reference with each prompt's c_minus, which lost this share, as negative prompt; its name."""
-    name = f"Reference, c_minus less {share} as negative prompt"
+    name = f"Reference, c_minus without {share} as negative prompt"
     for seed, home in homes.items():
         captions = [p["caption"] for p in shapes.scored_prompts(seed)]
         score_model(home, name, seed, scale, [perturb.remove_words(c, seed, *SHARES[share]) for c in captions])

@@ -339,7 +339,7 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
     # the reference with c_minus as negative prompt
     rows, every = table(text["controls"], "c_minus has lost"), {}
     for name, *cells in rows[1:]:
-        (low, high), whole = full.SHARES[name], f"Reference, c_minus less {name} as negative prompt"
+        (low, high), whole = full.SHARES[name], f"Reference, c_minus without {name} as negative prompt"
         for g, cell in zip(full.NEGATIVE_SCALES, cells, strict=True):
             every[name, g] = share(whole, g, [100])
             assert cell == f"{every[name, g]:.3f}"
@@ -347,7 +347,7 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
                     for c_minus, p in zip(asked[100, whole, g], shapes.scored_prompts(100), strict=True)]
             assert low - 0.1 < np.mean(lost) < high + 0.1
     name, g = max(every, key=every.get)
-    best = f"Reference, c_minus less {name} as negative prompt"
+    best = f"Reference, c_minus without {name} as negative prompt"
     assert (f"The best of these, {name} and scale {g:g}, on the three other seeds: {share(best, g):.3f} [" in text["controls"]
             and text["controls"].endswith(f"Fréchet distance {distance(best, g)}\n"))
     assert {seed for seed, *which in asked if which == [best, g]} == {0, 1, 100}
