@@ -19,7 +19,6 @@ Out: .jsonl, a line a pair: id, c, c_minus, strategy, perturb_seed (and llm).
 
 import argparse
 import collections
-import functools
 import json
 import math
 import os
@@ -89,7 +88,7 @@ def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
             batch = left[start:start + batch_size]
             answers = ask([c for _, c in batch], random.Random(f"{seed} {attempt} {start}").getrandbits(63))
             for (name, c), answer in zip(batch, answers, strict=True):
-                results[name] = dict(id=name, c=c) | read(answer, c)
+                results[name] = dict(id=name, c=c, **read(answer, c))
             missing = [(name, c) for name, c in batch if results[name].get("reason", VAGUE) != VAGUE]
             again += missing
             if not (bar.n or bar.disable):  # a wrong instruction is seen at once
@@ -105,7 +104,10 @@ def rewrite_all(args, instruction, how, prompts):
     folder, made, told = args.out + ".parts", {}, f" {' '.join(words_of(instruction))} "
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
-    read = functools.partial(read_answer, told=told, alignment="alignment" in args.strategy, seed=args.seed)
+
+    def read(answer, c):
+        return read_answer(answer, c, told, args.strategy == "llama-alignment", args.seed)
+
     with processes(folder) as (rank, world, device):
         if rank == 0:
             same_settings(os.path.join(folder, "settings.json"), how | dict(

@@ -67,12 +67,12 @@ FUNCTION_WORDS = set(words_of("a an the and or of in on at to by for from with a
 def why_unusable(c_minus, c, told, alignment):
     """Why a text cannot be c_minus of c, in words; None if it can. `told` are the instruction's words."""
     said = words_of(c_minus)
-    n, repeated = min(RUN, len(said)), ()
     if not said or "".join(c_minus.split()).casefold() == "".join(c.split()).casefold():
         return "empty or the same as c"
     if not c_minus.isascii() and c_minus.encode(errors="replace").decode() != c_minus:  # no file can hold it
         return "half a character"
-    if any(f" {word} " in told for word in said[n - 1::n]):  # a run of n words has one of these
+    n, repeated = min(RUN, len(said)), ()
+    if len(said) >= 2 * n or f" {said[n - 1]} " in told:  # of fewer words each run has the n-th
         repeated = [said[i:i + n] for i in range(len(said) - n + 1) if f" {' '.join(said[i:i + n])} " in told]
     if EXAMPLE in c_minus.casefold() or any(not set(run) <= set(words_of(c)) for run in repeated):
         return "the instruction's own words"
@@ -100,7 +100,8 @@ def read_answer(answer, c, told="", alignment=False, seed=0):
             break
     for text in dict.fromkeys(map(str.strip, texts)):
         reason = why_unusable(text, c, told, alignment)
-        usable += [text] * (not reason)
+        if not reason:
+            usable.append(text)
     if not usable:
         return dict(answer=answer, reason=reason)
     return dict(c_minus=random.Random(f"{seed} {c}").choice(usable) if len(usable) > 1 else usable[0])

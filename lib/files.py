@@ -82,11 +82,10 @@ def read_json(path):
 
 
 def text_lines(path):
-    """Yields (number, line) for each line of a text file. What is not UTF-8 becomes half characters, which check_rows
-    names."""
+    """Yields (number, line) for each line of a text file. Bytes that are not UTF-8 become half characters."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
-            yield number, line.strip().replace("\0", "\udc00")
+            yield number, line.strip()
 
 
 def json_lines(path):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lib.files import UserError, count, json_lines, reading
 from lib.processes import from_all, is_first
-from lib.prompts import check_rows, parquet_rows, stop_if_bad
+from lib.prompts import check_rows, parquet_rows
 
 # ---- one image
 
@@ -67,8 +67,7 @@ def read_image_pairs(path):
                         "files, or one such file. A line of the .jsonl file is a pair, with c, winner and loser.")
     folder, path = os.path.dirname(files[0]), files[0] if len(files) == 1 else path
     pairs = read_pick_a_pic(sorted(files)) if files[0].endswith(".parquet") else json_lines(path)
-    found = list(check_rows(path, pairs, ["c", "winner", "loser"]))
-    stop_if_bad(path, [f"{path}:{number}: c is empty" for number, _, c, *_ in found if not c])
+    found = check_rows(path, pairs, ["c", "winner", "loser"])
     return [dict(id=name, c=c, c_minus=None, winner=os.path.join(folder, winner), loser=os.path.join(folder, loser))
             for _, name, c, winner, loser in found]
 

@@ -15,8 +15,6 @@ from safetensors import SafetensorError
 
 from lib.files import UserError
 
-AGAIN = "The same command goes on from what was written, or begins anew where nothing was."
-
 
 def program(main):
     """Ends main with a sentence where the user can put it right; a bug keeps its traceback."""
@@ -32,15 +30,14 @@ def program(main):
             return result
         except UserError as error:
             message = str(error)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails too
-            message = f"stopped, because nothing reads the output any more. {AGAIN}"
         except torch.OutOfMemoryError as error:
             message = f"out of memory: lower --batch-size, --micro-batch, --lora-rank or give --checkpointing. {error}"
+        except (KeyboardInterrupt, BrokenPipeError) as error:
+            if isinstance(error, BrokenPipeError):  # or Python's own last flush fails too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            message = "stopped. The same command goes on from what was written, or begins anew where nothing was."
         except (OSError, SafetensorError) as error:
             message = f"cannot read or write: {error}. What was written before is kept: run the same command again."
-        except KeyboardInterrupt:
-            message = f"stopped. {AGAIN}"
         sys.exit(message)  # by now the error is gone, and with it the progress bar, which has ended its line
     return run
 

@@ -17,7 +17,7 @@ WORDS = re.compile(rf"(?=\w){UNSPACED}|(?:(?!{UNSPACED})\w)+")  # without signs;
 LETTERS = re.compile(rf"(?:{WORDS.pattern})\W*|\W+")  # the same, with the signs that follow
 WEIGHT = re.compile(r":\s*[\d.]+\s*[)\]]")  # of A1111's (red car:1.3)
 PIECES = re.compile(rf"(?:[(\[]+[^()\[\]]*{WEIGHT.pattern}+|\S)+")  # words, but such a bracket is one
-UNTIDY = re.compile(r",(?! [^\s,])")
+UNTIDY = re.compile(r",(?! [^\s,])")  # a comma that may be either; others stand between words
 EMPTY = re.compile(r",(?:\s*,)+")  # tags of nothing
 GLUED = re.compile(r",(?:(?<=[^\s,],)(?=[^\W\d]|[(\[])|(?<=[^\s,\d],)(?=\d))")  # between two tags, and not in 1,000
 
@@ -106,17 +106,14 @@ def read_prompts(source):
 
 def read_perturbed(path, seed):
     """A row, dict(id, c, c_minus, noise_seed and how perturb.py made c_minus), for each line of perturb.py's file or of
-    another one in its format. Raises UserError with all lines that make no preference."""
+    another one in its format."""
     if not os.path.isfile(path) or not path.endswith(".jsonl"):
         raise UserError(f"--prompts {path}: there is no such .jsonl file. Make it with  python perturb.py prompts.txt "
                         "perturbed.jsonl")
-    lines, rows, bad = dict(json_lines(path)), [], []  # {number: row}
+    lines, rows = dict(json_lines(path)), []  # {number: row}
     for number, name, c, c_minus in check_rows(path, lines.items(), ["c", "c_minus"]):
-        if not c or c == c_minus:
-            bad.append(f"{path}:{number}: c is empty, or c_minus is the same as c: they make no preference")
         how = {key: lines[number][key] for key in ("strategy", "perturb_seed", "llm") if key in lines[number]}
         rows.append(dict(id=name, c=c, c_minus=c_minus, noise_seed=seed + len(rows), **how))
-    stop_if_bad(path, bad)
     return rows
 
 
@@ -157,6 +154,8 @@ def check_rows(path, rows, fields):
             bad.append(f"{path}:{number}: it holds a NUL, or is in another encoding than UTF-8: save the file as UTF-8")
         elif texts is None:
             bad.append(f"{path}:{number}: not a row with texts {', '.join(fields)}: {said[:80]}")
+        elif fields[0] == "c" and texts[0] in ("", texts[1]):
+            bad.append(f"{path}:{number}: c is empty, or the same as {fields[1]}: they make no preference")
         elif first_seen.setdefault(name, number) != number:
             bad.append(f"{path}:{number}: the id {name} is already that of line {first_seen[name]}")
         else:

@@ -696,7 +696,7 @@ def test_an_image_of_a_row_group_is_found_in_any_order(tmp_path):
 
 
 @pytest.mark.parametrize("flag, row, message", [
-    ("--prompts", dict(c="same", c_minus="same"), "2: c is empty, or c_minus is the same as c"),
+    ("--prompts", dict(c="same", c_minus="same"), "2: c is empty, or the same as c_minus: they make no preference"),
     ("--prompts", dict(c="", c_minus="b"), "2: c is empty"), ("--prompts", dict(c="x"), "2: not a row with texts c, c_minus"),
     ("--prompts", None, "has no pairs in it"), ("--from-images", None, "has no pairs in it"),
     ("--from-images", GOOD | dict(loser="none.png"), "pair 1: .*none.png cannot be read .*No such file or directory.*\n1 bad pair: "),

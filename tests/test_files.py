@@ -64,7 +64,7 @@ def test_a_closed_pipe_ends_a_program_in_a_sentence(size, monkeypatch):
     os.close(out)  # nobody reads
     with os.fdopen(into, "w") as closed, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", closed)
-        with pytest.raises(SystemExit, match="^stopped, because nothing reads the output any more. The same command goes on"):
+        with pytest.raises(SystemExit, match="^stopped. The same command goes on from what was written"):
             program(lambda argv=None: print("x" * size))()
         sys.stdout.flush()  # as Python does at its end
 
