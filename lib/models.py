@@ -96,8 +96,7 @@ class Sana:
 
     net_name, prediction_type, sampling = "transformer", "flow", dict(use_resolution_binning=False)
     max_tokens, not_in_float16 = dict(tokenizer=300), ["text_encoder", "vae"]  # the pipeline's own; see load
-    steps, guidance = 20, 4.5  # of sampling (script)
-    lower_case = True  # the pipeline reads prompts in lower case and without spaces around them
+    steps, guidance, lower_case = 20, 4.5, True  # of sampling (script); the pipeline reads prompts in lower case
 
     def __init__(self, pipe, device):
         self.pipe, self.net, self.device, self.dtype = pipe, pipe.transformer, device, pipe.transformer.dtype

@@ -105,8 +105,7 @@ def load_part(folder, part, library, kind, dtype, variant=None):
 
 
 def copy_parts(folder, config, variant, without, target):
-    """Copies a model's folder, byte for byte, but for the part `without`, the safety checker and weights that are not
-    read; files of a variant get plain names. config is its model_index.json."""
+    """Copies a model's folder as it is, but for the part `without` and what is not read; variants get plain names."""
     absent = dict(safety_checker=[None, None], feature_extractor=[None, None], requires_safety_checker=False)
     config = config | absent if "safety_checker" in config else config
     write_file(os.path.join(target, "model_index.json"), json.dumps(config, indent=2) + "\n")
