@@ -8,10 +8,8 @@ import json
 import os
 import pickle
 import re
-import shutil
 import zipfile
 
-import torch
 from safetensors import SafetensorError
 
 
@@ -54,19 +52,6 @@ def write_file(path, content):
             os.remove(path + ".partial")
         reason = error.args if isinstance(error, OSError) else (errno.ENOSPC, "the disk may be full")
         raise OSError(*reason[:2], path) from None
-
-
-def save_state(path, state):
-    """torch.save, whole or not at all."""
-    write_file(path, lambda file: torch.save(state, file))
-
-
-def replace_folder(made, folder):
-    """Moves what lies in the folder `made` to `folder`: whole if that is new, else file by file. Other files stay."""
-    if not os.path.exists(folder):
-        return os.replace(made, folder)
-    shutil.copytree(made, folder, copy_function=os.replace, dirs_exist_ok=True)
-    shutil.rmtree(made)
 
 
 def read_text(path):

@@ -101,8 +101,9 @@ def save_checkpoint(run, update):
     optimizer = {name: {key: x.cpu() for key, x in run.optimizer.state[p].items()}
                  for name, p in run.model.net.named_parameters() if p in run.optimizer.state}
     path = os.path.join(run.args.out, f"checkpoint-{update:06d}.pt")
-    files.save_state(path, dict(identity=run.identity, update=update, net=trained_state(run.model.net),
-                                optimizer=optimizer, scaler=run.scaler.state_dict()))
+    state = dict(identity=run.identity, update=update, net=trained_state(run.model.net), optimizer=optimizer,
+                 scaler=run.scaler.state_dict())
+    files.write_file(path, lambda file: torch.save(state, file))
     ours = [old for old in checkpoints(run.args.out) if read_checkpoint(old).get("identity") == run.identity]
     for old in ours[2:]:
         os.remove(old)
@@ -232,7 +233,11 @@ def finish(run):
         files.write_file(os.path.join(partial, "README.md"), model_card(args, more["model"]))
     for path in pathlib.Path(partial).rglob("*.safetensors"):
         shutil.copymode(note, path)  # safetensors makes files that only their writer may read
-    files.replace_folder(partial, folder)
+    if os.path.exists(folder):  # file by file, since its user may have put others there
+        shutil.copytree(partial, folder, copy_function=os.replace, dirs_exist_ok=True)
+        shutil.rmtree(partial)
+    else:
+        os.replace(partial, folder)
     print(f"wrote {folder}\nnext:  python evaluate.py grid --models {shlex.join([args.model, folder])} --prompts "
           "examples/prompts.txt")
     try:

@@ -9,6 +9,7 @@ from weights/shapes (a new tokenizer would number its tokens otherwise). The sam
 """
 
 import argparse
+import functools
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from lib import models
 from lib import shapes_world as world
-from lib.files import same_settings, save_state
+from lib.files import same_settings, write_file
 from lib.processes import at_least, holding, program
 
 SEED, IMAGES, AUTOENCODER_UPDATES = 0, 131072, 4000
@@ -62,7 +63,7 @@ def fit(net, loss_of_batch, data, ends, lr, path, every=500):
         optimizer.step()
         average.update_parameters(net)
         if (update + 1) % every == 0 or update + 1 == ends[-1]:
-            save_state(path, [update + 1, [part.state_dict() for part in parts]])
+            write_file(path, functools.partial(torch.save, [update + 1, [part.state_dict() for part in parts]]))
     return average.module.eval()  # in training mode the autoencoder rounds otherwise
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lib.files import UserError, json_lines, read_json, same_settings, save_state, to_lines, write_file
+from lib.files import UserError, json_lines, read_json, same_settings, to_lines, write_file
 from lib.processes import at_least, holding, processes, program
 
 
@@ -92,7 +92,7 @@ def test_a_file_appears_whole_or_not_at_all_and_with_its_folder(tmp_path):
 
 def test_a_full_disk_leaves_the_state_that_was_there_and_no_half_of_another(tmp_path, monkeypatch):
     path = str(tmp_path / "state.pt")
-    save_state(path, dict(update=1))
+    write_file(path, lambda file: torch.save(dict(update=1), file))
     real = torch.save
 
     def save(state, partial):
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_the_state_that_was_there_and_no_half_of_another(tmp_
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         with pytest.raises(OSError, match="the disk may be full: '.*state.pt'"):
-            save_state(path, dict(update=2))
+            write_file(path, lambda file: torch.save(dict(update=2), file))
     assert torch.load(path) == dict(update=1) and os.listdir(tmp_path) == ["state.pt"]
 
 
