@@ -5,8 +5,7 @@
 
 random-removal, Sec. 4.2: 40 to 70 % of the tokens are removed at random, so that c_minus says less than c. A token is a
 word here, as in the authors' code, so that any text encoder can read what is left; a tag in tags without spaces; and a
-letter where a prompt is written without spaces, as in Chinese, Japanese and Thai. One word cannot both stay and go:
-prompts of one word, and empty ones, give no pair; they are left out and counted.
+letter in Chinese, Japanese and Thai. Prompts of one word, which cannot both stay and go, are left out and counted.
 
 llama-alignment and llama-aesthetic, Sec. 4.3, 4.4: a chat model rewrites c, in our words or the authors' (--template).
 Its answers are a function of the prompts and the flags, not of the number of processes. They are kept in OUT.parts, so

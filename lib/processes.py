@@ -103,8 +103,7 @@ def place():
 
 @contextlib.contextmanager
 def processes(folder, hours=24):
-    """What `place` gives, with the processes connected. The first process alone holds `folder`. A process may wait so
-    many hours for another."""
+    """What `place` gives, with the processes connected. The first holds `folder`; none waits longer than `hours`."""
     rank, world, device = place()
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

@@ -166,5 +166,4 @@ def check_rows(path, rows, fields):
 def stop_if_bad(path, bad):
     """Raises UserError if there are bad lines, with the first of them."""
     if bad:
-        raise UserError("\n".join([*bad[:20], f"{count(bad, 'bad line')} in {path} to be corrected or deleted. Nothing "
-                                              "was written."]))
+        raise UserError("\n".join([*bad[:20], f"{count(bad, 'bad line')} in {path} to be corrected or deleted."]))
