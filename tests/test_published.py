@@ -330,7 +330,9 @@ def adapter(sd, tmp_path):
      r"size mismatch for .*attn1.to_q.lora_A.* torch.Size\(\[2, 15\]\).* torch.Size\(\[2, 16\]\)"),
     (lambda w: w | {"text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32),
                     "text_encoder.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(32, 2)},
-     "2 of its 66 tensors are for no layer: text_encoder.*q_proj.lora_A.weight, .*q_proj.lora_B")])
+     "2 of its 66 tensors are for no layer: text_encoder.*q_proj.lora_A.weight, .*q_proj.lora_B"),
+    (lambda w: w | {f"unet.mid_block.attentions.9.attn1.processor.to_q_lora.{name}.weight": torch.ones(2, 2) for name in ("down", "up")},
+     "2 of its 66 tensors are for no layer: unet.mid_block.attentions.9")])
 def test_every_tensor_of_an_adapter_is_used_or_it_is_refused(sd, adapter, change, said):
     adapter_file(adapter, change)
     model = models.load(sd)
