@@ -146,7 +146,8 @@ def put_adapter(model, net, folder, name, flag=""):
         if keys and not unused:  # peft warns of several adapters, which Eq. 6 needs
             net.load_lora_adapter(weights, prefix=model.net_name, adapter_name=name, metadata=metadata,
                                   network_alphas=alphas[0] if alphas else None, low_cpu_mem_usage=True)
-            used = {prefix + key.replace(f".{name}.", "."): x for key, x in net.named_parameters() if f".{name}." in key}
+            used = {prefix + key.replace(f".{name}.", "."): x
+                    for key, x in net.named_parameters() if f".{name}." in key}
             unused = [key for key in keys if key not in used] if len(used) != len(keys) else []
         if unused or not keys:
             raise ValueError(f"{len(unused)} of its {len(keys)} tensors are for no layer: {', '.join(unused[:3])}")
