@@ -6,6 +6,7 @@ import heapq
 import os
 import re
 
+import huggingface_hub
 from tqdm import tqdm
 
 from lib.files import UserError, count, json_lines, reading, text_lines
@@ -66,8 +67,6 @@ def sample_prompts(source, fewest, limit, seed):
     weighted = sum(1 for _, c in prompts if ":" in c and WEIGHT.search(c))
     if weighted and is_first():
         print(f"{weighted} of the prompts have weights like (red car:1.3): diffusers reads their signs as text")
-    if limit and is_first():
-        print(f"took {len(prompts)} of {len(seen)} different prompts")
     return prompts
 
 
@@ -79,11 +78,9 @@ def read_prompts(source):
     row of a .csv or .parquet file with `prompt`; "diffusiondb" is the paper's data set. An empty line is an empty
     prompt. Raises UserError where there is no such file, and at the end if some rows were bad."""
     if source == "diffusiondb" and not os.path.exists(source):
-        from huggingface_hub import hf_hub_download
-
         with reading("metadata.parquet of the dataset poloclub/diffusiondb", "fetch it from https://huggingface.co/"
                      "datasets/poloclub/diffusiondb/tree/main and give its path instead of diffusiondb."):
-            source = hf_hub_download("poloclub/diffusiondb", "metadata.parquet", repo_type="dataset")
+            source = huggingface_hub.hf_hub_download("poloclub/diffusiondb", "metadata.parquet", repo_type="dataset")
     if not os.path.isfile(source):
         raise UserError(f"{source} is a folder or a pipe, and no file." if os.path.exists(source) else
                         f"there is no file {source}.")

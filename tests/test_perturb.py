@@ -323,22 +323,22 @@ def test_spacing_makes_no_other_prompt_tags_of_nothing_are_none_and_weights_are_
     assert said.count("2 of the prompts have weights like (red car:1.3): diffusers reads their signs as text\n") == 1
 
 
-def test_the_numbers_of_different_and_of_taken_prompts_are_reported(tmp_path, capsys):
+def test_the_numbers_of_duplicates_and_of_taken_prompts_are_reported(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("".join(f"prompt {i % 30}\n" for i in range(100)))
     perturb.main([str(tmp_path / "p.txt"), str(tmp_path / "out.jsonl"), "--limit", "7"])
     said = capsys.readouterr().out
     assert "left out 70 duplicate prompts, in lines 31, 32, " in said and ", 40, ...\n" in said
-    assert "took 7 of 30 different prompts\n" in said and "7 pairs of prompts" in said
+    assert "7 pairs of prompts" in said
 
 
-def test_a_sample_does_not_hold_all_prompts_in_memory(monkeypatch, capsys):
+def test_a_sample_does_not_hold_all_prompts_in_memory(monkeypatch):
     def prompts(source):
         for i in range(30_000):
             yield i, str(i), f"{i} " + "x" * 10_000  # 300 MB in all
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     monkeypatch.setattr(lib_prompts, "read_prompts", prompts)
-    assert len(sample_prompts("p.txt", 2, 100, 0)) == 100 and "took 100 of 30000 different prompts\n" in capsys.readouterr().out
+    assert len(sample_prompts("p.txt", 2, 100, 0)) == 100
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
 
 
