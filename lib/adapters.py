@@ -45,8 +45,7 @@ def load_policy(path, role, base, model):
         return other.net.to(model.device).requires_grad_(False)
     predicts = training_of(path, "prediction_type")
     if predicts not in (None, model.prediction_type):  # None: other programs' adapters do not say
-        raise UserError(f"--{role} {path} is an adapter of a model that predicts {predicts}, not "
-                        f"{model.prediction_type}.")
+        raise UserError(f"--{role} {path} is an adapter that predicts {predicts}, not {model.prediction_type}.")
     put_adapter(model, base, path, role, f"--{role} ")
     base.set_adapter([name for name in base.peft_config if name == "theta"])
     policy = with_adapter(base, role)

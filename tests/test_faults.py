@@ -187,7 +187,7 @@ def test_adapters_that_do_not_fit_are_refused(sd, pairs, family_folders, tmp_pat
     run(sd, pairs, tmp_path / "w", *flags, objective="diffusion-dpo")
     adapter, note = str(tmp_path / "w" / "lora"), tmp_path / "w" / "lora" / "training.json"
     model = models.load(family_folders["sd2"])
-    with pytest.raises(UserError, match="--winner .* is an adapter of a model that predicts epsilon, not v_prediction"):
+    with pytest.raises(UserError, match="--winner .* is an adapter that predicts epsilon, not v_prediction"):
         adapters.load_policy(adapter, "winner", model.net, model)
     for text, said in (("{", "training.json cannot be read"), ("[]", "training.json cannot be read"), ("{}", "without a training.json that names")):
         note.write_text(text)
