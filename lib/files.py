@@ -91,7 +91,7 @@ def count(things, noun):
 def to_lines(rows):
     """The text of a .jsonl file."""
     encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
-    return "".join(encode(row) + "\n" for row in rows)
+    return "".join([encode(row) + "\n" for row in rows])
 
 
 def checksum(path):
