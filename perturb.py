@@ -101,11 +101,12 @@ def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
 def rewrite_all(args, instruction, how, prompts):
     """What `rewrite` makes of [(id, c)], by all processes, part by part in the folder OUT.parts."""
     folder, made, told = args.out + ".parts", {}, f" {' '.join(words_of(instruction))} "
+    alignment = args.strategy == "llama-alignment"
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
 
     def read(answer, c):
-        return read_answer(answer, c, told, args.strategy == "llama-alignment", args.seed)
+        return read_answer(answer, c, told, alignment, args.seed)
 
     with processes(folder) as (rank, world, device):
         if rank == 0:

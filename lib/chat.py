@@ -67,7 +67,8 @@ FUNCTION_WORDS = set(words_of("a an the and or of in on at to by for from with a
 def why_unusable(c_minus, c, told, alignment):
     """Why a text cannot be c_minus of c, in words; None if it can. `told` are the instruction's words."""
     said = words_of(c_minus)
-    if not said or "".join(c_minus.split()).casefold() == "".join(c.split()).casefold():
+    same_end = c_minus[-1:].casefold() == c.rstrip()[-1:].casefold()  # else they differ, and most answers do
+    if not said or same_end and "".join(c_minus.split()).casefold() == "".join(c.split()).casefold():
         return "empty or the same as c"
     if not c_minus.isascii() and c_minus.encode(errors="replace").decode() != c_minus:  # no file can hold it
         return "half a character"
