@@ -1,6 +1,6 @@
 """Sec. 4.1 and Fig. 2 of DDSPO (arXiv 2512.23426): the losses of loss.py where the truth is known.
 
-    python toy2d.py    six panels (figures/toy2d.png) and a table over five seeds, in about 40 s of one core
+    python toy2d.py    six panels (figures/toy2d.png) and a table over five seeds, in half a minute of one core
 
 Each class c is one mode of a 2D Gaussian mixture (a). The reference model is trained on noisy data (b): wider modes,
 and some samples from a neighbouring class. It learns to generate just that (c). Each class gets N = 2 preference pairs,
