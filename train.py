@@ -39,7 +39,7 @@ FIRST_SCALE, GROW_AFTER = 2.0**5, 100  # guess: fp16's loss scale, and after how
 SHOWN = ("update", "loss", "accuracy", "winner", "loser")  # of the log, beside the bar
 TEXT_BATCH = 32  # guess: pairs whose prompts the text encoders read at once
 GOES_WITH = dict(beta=["ddspo", "diffusion-dpo", "dspo"], scale=["distill"], side=["sft"], winner=["ddspo", "dspo"],
-                 loser=["ddspo", "dspo"])  # flags of some objectives only
+                 loser=["ddspo", "dspo"])  # flags that only some objectives take
 
 # ---- what an update sees, a function of the seed and of the place in the run: epoch after epoch, each in a new order
 
@@ -140,7 +140,7 @@ def gradient(run, update, batch, bar):
     for part in micro_batches(run.store, run.model, args, batch[mine], run.device):
         with precision(run.device, run.precision):
             loss, info = step_loss(run.model, run.policies, *part, args.objective, args.beta, args.side, args.scale)
-        run.scaler.scale(loss.sum() / args.micro_batch).backward()  # a mean: no overflow depends on --micro-batch
+        run.scaler.scale(loss.sum() / args.micro_batch).backward()  # a mean: --micro-batch changes no overflow
         rows.append(torch.stack([*info.values(), part[4]], 1))  # (B, columns)
         bar.update(min(run.world * len(loss), (update + 1) * args.batch_size - bar.n))
     record = torch.zeros(args.batch_size, len(info) + 1, device=run.device)
@@ -236,8 +236,8 @@ def make_policies(args, model):
 
 
 def prepare(run):
-    """Readies the networks for the loop, once noise_floor has used their exact weights. In half precision, frozen
-    weights of matrix products are kept in it: autocast would round them at each use."""
+    """Readies the networks for the loop, once noise_floor has used their exact weights. For half precision it rounds
+    the frozen weights of matrix products once, which autocast would round at each use."""
     if run.args.checkpointing:
         run.model.net.enable_gradient_checkpointing()
     for network in run.networks:
@@ -256,7 +256,7 @@ def prepare(run):
 
 
 def precision(device, name):
-    """In this context student and reference run in a precision: half by autocast, with weights and norms in float32."""
+    """A context in which networks run in a precision: half by autocast, with norms and trained weights in float32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums in float32
     return torch.autocast(device.type, HALF.get(name), enabled=name in HALF)
@@ -264,8 +264,8 @@ def precision(device, name):
 
 @torch.no_grad()
 def noise_floor(run):
-    """How much rounding alone lowers a logit of Eq. 7, and the mean square of the reference's prediction. Since that is
-    the winner's target, an error e of eps_theta - eps_ref enters as -beta/2 mean(e^2): at most twice one network's."""
+    """How much rounding alone lowers a logit of Eq. 7, and the mean square of the reference's prediction. An error e of
+    eps_theta - eps_ref adds -beta/2 mean(e^2) to the logit; this takes mean(e^2) as twice that of one network."""
     args, model, some = run.args, run.model, slots(len(run.store), run.args.seed, 0, run.args.micro_batch)
     c, _, x_0_w, _, t, eps = next(micro_batches(run.store, model, args, some, run.device))
     x_t = model.noise(x_0_w, t, eps)
@@ -304,20 +304,20 @@ def check(args):
             raise UserError(f"--{name} goes with --objective {' or '.join(objectives)}, not with {args.objective}.")
     needed = [name for name in ("beta", "scale", "side") if args.objective in GOES_WITH[name]] + ["lr"]
     if missing := [f"--{name}" for name in needed if getattr(args, name) is None]:
-        raise UserError(f"no experiment of {args.model} has these flags: give {' and '.join(missing)}.")
+        raise UserError(f"give {' and '.join(missing)}, which no experiment of {args.model} with these flags has.")
     if (args.winner is None) != (args.loser is None):
         raise UserError("--winner and --loser go together: Eq. 6 needs both.")
     if args.negatives != "generated" and not needs_c_minus(args):
         raise UserError(f"--negatives {args.negatives} is a variant of Eq. 7: take --objective ddspo and no --winner.")
     if os.path.exists(os.path.join(args.model, models.LORA)):
         raise UserError(f"--model {args.model} is an adapter: give a whole model to be tuned.")
-    exports = os.path.exists(os.path.join(args.out, f"checkpoint-{args.updates:06d}.pt"))  # and trains no more
+    exports = os.path.exists(os.path.join(args.out, f"checkpoint-{args.updates:06d}.pt"))  # then it trains no more
     if args.warmup > args.updates and not exports:
-        raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates: give no more.")
+        raise UserError(f"--warmup {args.warmup} is longer than the run of {args.updates} updates: give at most those.")
     if not torch.cuda.is_available() and (args.precision == "tf32" or args.compile):  # torch 2.13 loses a gradient
         raise UserError("--precision tf32 and --compile are for GPUs: on a CPU take fp32 and no --compile.")
     if args.batch_size < int(os.environ.get("WORLD_SIZE", 1)):
-        raise UserError(f"--batch-size {args.batch_size} is less than a pair a process: start fewer of them.")
+        raise UserError(f"--batch-size {args.batch_size} is less than a pair a process: start fewer processes.")
     runs.check_out(args.out)
 
 

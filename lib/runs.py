@@ -41,7 +41,7 @@ def check_out(out):
             raise UserError(f"--out {out}: {folder} is a model or a pair store: give a folder outside it.")
     for result in (where / "pipeline", where / "lora"):
         if result.exists() and not (result.is_dir() and checkpoints(where)):
-            raise UserError(f"{out}: its {result.name} is a file or has no checkpoint: move it away, or change --out.")
+            raise UserError(f"{result} is a file, or lies beside no checkpoint: move it away, or change --out.")
 
 
 def open_store(args, needs_c_minus):
@@ -55,7 +55,7 @@ def open_store(args, needs_c_minus):
     if args.negatives != "generated" and all(row["c"] == store.rows[0]["c"] for row in store.rows):
         raise UserError(f"--negatives {args.negatives} needs other prompts, but {args.pairs} has only one prompt.")
     if needs_c_minus and store.rows[0]["c_minus"] is None:
-        raise UserError(f"{args.pairs} is without c_minus, which Eq. 7 needs: take Eq. 6, or another --objective.")
+        raise UserError(f"{args.pairs} has no c_minus, which Eq. 7 needs: take Eq. 6, or another --objective.")
     return store
 
 
@@ -84,7 +84,7 @@ def announce(run, update):
     if pairs < args.batch_size:
         run.note(f"{pairs} pairs are fewer than a batch: an update sees each {args.batch_size / pairs:.3g} times")
     if run.floor and run.floor > 0.05:
-        run.note(f"rounding in {run.precision} lowers each logit by {run.floor:.2g}: take fp16, fp32 or a lower --beta")
+        run.note(f"rounding in {run.precision} lowers each logit by {run.floor:.2g}: take fp32 or a lower --beta")
 
 
 # ---- checkpoints
@@ -97,7 +97,7 @@ def trained_state(net):
 
 
 def save_checkpoint(run, update):
-    """Writes checkpoint-UPDATE.pt and removes this run's earlier ones, but for the last."""
+    """Writes checkpoint-UPDATE.pt and removes all of this run's but the newest two."""
     optimizer = {name: {key: x.cpu() for key, x in run.optimizer.state[p].items()}
                  for name, p in run.model.net.named_parameters() if p in run.optimizer.state}
     path = os.path.join(run.args.out, f"checkpoint-{update:06d}.pt")
@@ -110,7 +110,7 @@ def save_checkpoint(run, update):
 
 
 def checkpoints(folder):
-    """The checkpoints' paths, newest first. Whatever else lies beside them is left alone."""
+    """The paths of the files that have a checkpoint's name, newest first."""
     paths = [path for path in pathlib.Path(folder).glob(f"checkpoint-{'[0-9]' * 6}.pt") if path.is_file()]
     return sorted(map(str, paths), reverse=True)
 
@@ -130,7 +130,7 @@ def load_checkpoint(run):
     out, paths = run.args.out, checkpoints(run.args.out)
     newest = os.path.basename(paths[0]) if paths else "no checkpoint"
     everyone = from_all(dict(run.identity, out=f"{out} with {newest}"))
-    for rank, its in enumerate(everyone):  # machines that see other files would add up gradients of other runs
+    for rank, its in enumerate(everyone):  # else machines with different files would add up their gradients
         if what := difference(its, everyone[0]):
             raise UserError(f"processes {rank} and 0 do not see the same: {what}. Give all of them the same files.")
     if not paths:
@@ -141,7 +141,7 @@ def load_checkpoint(run):
         raise UserError(f"the run in {out} was begun with {what}: continue it with the same, or give another --out.")
     trained = {name: p for name, p in run.model.net.named_parameters() if p.requires_grad}
     whole = state and trained.keys() <= state["net"].keys() & state["optimizer"].keys()
-    if not whole or zipfile.ZipFile(paths[0]).testzip():  # it holds a checksum of each tensor
+    if not whole or zipfile.ZipFile(paths[0]).testzip():  # the file holds a checksum of each tensor
         raise UserError(f"{paths[0]} cannot be read as a checkpoint: delete it to go on from the one before.")
     if state["update"] > run.args.updates:
         raise UserError(f"{out} has {state['update']} updates, more than --updates: give more, or another --out.")
@@ -160,11 +160,11 @@ def open_log(run, update):
     path, rows = os.path.join(run.args.out, "log.jsonl"), []
     if os.path.exists(path):
         with files.reading(path, "delete it, and a new one is begun."), open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.endswith("\n")]  # where a run was killed, half a line
+            rows = [json.loads(line) for line in file if line.endswith("\n")]  # a killed run leaves half a line
             if not all(isinstance(row.get("loss", 0.0), float) for row in rows):
                 raise ValueError("a loss is no number")
             rows = [row for row in rows if row["update"] <= update]
-    first = dict(update=0, noise_floor=run.floor, precision=run.precision)  # noise_floor: what rounding does to a logit
+    first = dict(update=0, noise_floor=run.floor, precision=run.precision)  # floor: what rounding takes off a logit
     files.write_file(path, files.to_lines(rows if rows and update else [first]))
     if run.args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # here, because few runs need it
@@ -205,7 +205,7 @@ def check_update(run, update, batch, columns, norm):
     if update == 0 and norm == 0:
         raise UserError("the first gradient is 0, so that nothing would be learned: weights or pairs are damaged.")
     if (columns["loss"] == 0).all() or (columns["loss"] > 10).all():
-        run.note("every loss of an update is 0 or above 10, and it began at 0.69: take a smaller --beta or --lr")
+        run.note("every loss of an update is 0, or every one is above 10: take a smaller --beta or --lr")
     if run.size and columns["drift"].mean() > run.size:
         run.note("the student is further from the reference than its prediction is from 0: take a smaller --lr")
 
@@ -243,7 +243,7 @@ def finish(run):
     try:
         plots.draw_curves(os.path.join(args.out, "log.jsonl"))
     except (OSError, UserError) as error:
-        run.note(f"curves.png was not drawn ({error}): the same command does it when this is solved")
+        run.note(f"curves.png was not drawn ({error}): the same command draws it when this is solved")
 
 
 def model_card(args, base):

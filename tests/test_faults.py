@@ -128,7 +128,7 @@ def test_fewer_pairs_than_a_batch_are_seen_again_with_other_noise(sd, pairs, tmp
 def test_pairs_of_images_without_c_minus_are_not_for_equation_7(sd, pairs, tmp_path):
     shutil.copytree(pairs, tmp_path / "store")
     rewrite(tmp_path / "store", lambda rows: [row | dict(c_minus=None) for row in rows])
-    assert "without c_minus, which Eq. 7 needs" in error_of(lambda: run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 1))
+    assert "has no c_minus, which Eq. 7 needs" in error_of(lambda: run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 1))
     run(sd, str(tmp_path / "store"), tmp_path / "run", "--updates", 1, objective="diffusion-dpo")
 
 
@@ -136,7 +136,7 @@ def test_pairs_of_images_without_c_minus_are_not_for_equation_7(sd, pairs, tmp_p
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--objective sft", "has these flags: give --side"), ("--side w", "--side goes with --objective sft"),
+    ("--objective sft", "give --side, which no experiment of"), ("--side w", "--side goes with --objective sft"),
     ("--objective distill --scale 3 --lr 1e-4 --beta 5", "--beta goes with --objective ddspo or diffusion-dpo or dspo, not with distill"),
     ("--scale 3", "--scale goes with --objective distill, not with ddspo"),
     ("--winner a --loser b --objective distill --scale 3", "--winner goes with --objective ddspo or dspo, not with distill"), ("--objective distill --scale 0.5", "--scale: must be 1 or more"),
@@ -223,7 +223,7 @@ def test_a_file_in_place_of_the_result_is_refused_before_training(rank, name, sd
     before = read_folder(tmp_path)
     monkeypatch.setattr(train, "step_loss", None)
     said = error_of(lambda: run(sd, pairs, tmp_path, "--updates", 4, "--lora-rank", rank))
-    assert said == f"{tmp_path}: its {name} is a file or has no checkpoint: move it away, or change --out."
+    assert said == f"{tmp_path}/{name} is a file, or lies beside no checkpoint: move it away, or change --out."
     assert read_folder(tmp_path) == before
 
 

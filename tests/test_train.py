@@ -499,7 +499,7 @@ def test_a_result_without_its_checkpoint_is_not_replaced(sd, pairs, straight, tm
     for name in ("checkpoint-000004.pt", "checkpoint-000006.pt", "curves.png"):
         (tmp_path / "run" / name).unlink(missing_ok=True)
     before = read_folder(tmp_path / "run")
-    with pytest.raises(SystemExit, match="run: its pipeline is a file or has no checkpoint: move it away, or change --out"):
+    with pytest.raises(SystemExit, match="run/pipeline is a file, or lies beside no checkpoint: move it away, or change --out"):
         run(sd, pairs, tmp_path / "run", "--updates", 7)
     assert read_folder(tmp_path / "run") == before
     for name in ("curves.png", "notes.txt"):
@@ -783,8 +783,8 @@ def test_flags_out_of_range_are_named(flags, message, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--updates 20", "--warmup 100 is longer than the run of 20 updates: give no more"),
-    ("--warmup 101", "--warmup 101 is longer than the run of 100 updates: give no more")])
+    ("--updates 20", "--warmup 100 is longer than the run of 20 updates: give at most those"),
+    ("--warmup 101", "--warmup 101 is longer than the run of 100 updates: give at most those")])
 def test_numbers_with_which_a_run_comes_to_nothing_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         train.parse(["--model", "sd14", *flags.split()])
@@ -793,7 +793,7 @@ def test_numbers_with_which_a_run_comes_to_nothing_are_refused(flags, message):
 
 def test_what_is_strange_about_an_update_is_said_once(sd, pairs, tmp_path, capsys):
     log2, columns = np.full(3, 0.69), dict(loss=np.full(3, 0.69), drift=np.full(3, 0.1))
-    for change, said in ((dict(loss=log2 * 0), "every loss of an update is 0 or above 10"), (dict(loss=log2 + 10), "every loss of an update is 0 or above 10"),
+    for change, said in ((dict(loss=log2 * 0), "every loss of an update is 0, or every one is above 10"), (dict(loss=log2 + 10), "every loss of an update is 0, or every one is above 10"),
                          (dict(drift=log2 * 2), "further from the reference than"), ({}, None),
                          (dict(loss=np.array([0, 11, 11.0])), None)):
         found = []
@@ -852,9 +852,9 @@ def test_each_experiment_has_its_row(flags, expected):
     ("sd3 --objective dspo --beta 1", "--lr"), ("sana --objective sft --side w", "--lr"),
     ("sd14 --objective distill", "--scale and --lr")])
 def test_where_no_experiment_fits_beta_and_lr_are_asked_for(flags, asked):
-    with pytest.raises(UserError, match=rf"no experiment of {flags.split()[0]} has these flags: give {asked}\."):
+    with pytest.raises(UserError, match=rf"give {asked}, which no experiment of {flags.split()[0]} with these flags has\."):
         train.parse(["--model", *flags.split()])
-    with pytest.raises(UserError, match="no experiment of shapes has these flags: give --beta and --lr."):
+    with pytest.raises(UserError, match="give --beta and --lr, which no experiment of shapes with these flags has."):
         train.parse("--model shapes --winner a --loser b".split())
 
 
