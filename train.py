@@ -30,7 +30,7 @@ from lib import adapters, models, plots, runs
 from lib.files import UserError
 from lib.pairs import misfit
 from lib.processes import add_up, at_least, processes, program
-from lib.settings import HALF, MEMORY, with_defaults
+from lib.settings import HALF, with_defaults
 from loss import dspo_loss, preference_loss
 
 WEIGHT_DECAY = 1e-2  # of AdamW (the authors' released scripts)
@@ -323,8 +323,8 @@ def check(args):
 
 def parse(argv):
     """The flags, with those that are not given filled in from EXPERIMENTS. Raises what `check` raises."""
-    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --model MODEL [flags]", allow_abbrev=False,
-                                     epilog=MEMORY, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="train.py --model MODEL [flags]", allow_abbrev=False, description="Tunes a "
+                                     "model with DDSPO or a baseline; docs/speed.md has the memory that this takes.")
     add = parser.add_argument
     add("--model", required=True, type=lambda path: path.rstrip("/"),
         help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder; NAME@fp16 takes the files of a variant")

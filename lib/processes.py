@@ -25,13 +25,16 @@ def program(main):
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
         try:
+            if sys.flags.optimize > 1:
+                raise UserError("python -OO drops the texts that --help shows: start without -OO.")
             result = main(argv)
             sys.stdout.flush()
             return result
         except UserError as error:
             message = str(error)
         except torch.OutOfMemoryError as error:
-            message = f"out of memory: lower --batch-size, --micro-batch, --lora-rank or give --checkpointing. {error}"
+            message = ("out of memory: give a smaller --batch-size, or to train.py a smaller --micro-batch, "
+                       f"--checkpointing or --lora-rank. {error}")
         except (KeyboardInterrupt, BrokenPipeError) as error:
             if isinstance(error, BrokenPipeError):  # or Python's own last flush fails too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -39,12 +39,6 @@ FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # a model withou
 MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 2, "sana-1.6b": 1, "shapes": 64}
 LORA_RANK = {"sana": 128, "sana-1.6b": 128, "sd3": 128}  # where the authors' scripts use LoRA [o]
 HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
-MEMORY = """GB on a GPU in fp16 or bf16, calculated and not measured (with --checkpointing in brackets):
-sd14, sd15, sd21  18, and 2.6 (0.4) for each pair of --micro-batch    with LoRA   3, and 2.6 (0.4)
-sdxl              53, and  18 (1.5)                                   with LoRA   9, and  18 (1.5)
-sana                                                                  with LoRA   8, and   6 (0.4)
-sana-1.6b                                                             with LoRA  10, and   9 (0.7)
-sd3                                                                   with LoRA  16, and  17 (1.1)"""
 
 
 def find_row(args):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import tiny_models
@@ -476,3 +477,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(precision, sd, pairs, tmp_p
 def test_a_stream_that_is_closed_is_no_fault(name, monkeypatch):
     monkeypatch.setattr(sys, name, None)  # what Python makes of >&- and 2>&-
     assert program(lambda argv: print("x", file=getattr(sys, name)) or argv)([1]) == [1]
+
+
+def test_missing_texts_are_named(monkeypatch):
+    monkeypatch.setattr(sys, "flags", types.SimpleNamespace(optimize=2))
+    assert error_of(lambda: program(lambda argv: argv)([])) == "python -OO drops the texts that --help shows: start without -OO."

@@ -21,7 +21,7 @@ from lib.processes import at_least, holding, processes, program
     (UserError("this flag does not go with that one."), "this flag does not go with that one."),
     (OSError(28, "No space left on device", "pairs/x"), "cannot read or write: .*No space left on device: 'pairs/x'.*same command"),
     (SafetensorError("bad header"), "cannot read or write: bad header"),
-    (torch.OutOfMemoryError("2 GiB"), "out of memory: lower --batch-size.*--micro-batch.*2 GiB"),
+    (torch.OutOfMemoryError("2 GiB"), "out of memory: give a smaller --batch-size.*--lora-rank. 2 GiB"),
     (KeyboardInterrupt(), "^stopped. The same command goes on from what was written, or begins anew where nothing was.$")])
 def test_a_program_ends_in_a_sentence_where_the_user_can_put_it_right(error, said):
     @program
