@@ -129,7 +129,7 @@ def save_image(image, path):
 
 
 def score(args):
-    """Judges all images of the runs that have no score yet: none may be missing. Processes share the judges."""
+    """Judges all images of the runs that have no score yet: no image may be missing, and processes share the judges."""
     rank, world, device = place()
     runs = list(dict.fromkeys(map(os.path.normpath, args.runs)))
     tasks = [task for run in runs for task in find_tasks(run, args)][rank::world]

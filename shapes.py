@@ -124,7 +124,7 @@ def true_moments(seed):
 
 
 def scores(homes, name, g, what="correct"):
-    """With each seed "correct", whether all was right, (seeds, prompts), or "frechet", the distances (seeds,)."""
+    """Whether all was right, for each seed and prompt (seeds, prompts); with "frechet" the distances (seeds,)."""
     return np.array([score_model(home, name, seed, g)[what] for seed, home in homes.items()], float)
 
 

@@ -107,7 +107,7 @@ def draw_pairs(ref, seed, n, source="apart"):
     build_pairs.py does); "clean" pairs are the ground truth's. A class's neighbours take turns as c_minus."""
     rng = torch.Generator().manual_seed(2000 + seed)
     c, i = torch.arange(K).repeat(64), torch.arange(64).repeat_interleave(K)  # (64 K,): pair i of class c
-    side = (torch.randint(2, (K,), generator=rng)[c] + i) % 2  # the first is drawn
+    side = (torch.randint(2, (K,), generator=rng)[c] + i) % 2  # chance says which comes first
     c_minus = (c + 1 - 2 * side) % K
     if source == "clean":
         x_0_w, x_0_l = draw_data(c, rng, **CLEAN), draw_data(c_minus, rng, **CLEAN)  # (64 K, 2)

@@ -24,9 +24,9 @@ REPOSITORY = "https://raw.githubusercontent.com/djghosh13/geneval/16f1681160a110
 CLIP = "openai/clip-vit-large-patch14"
 DETECTOR = ("https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco/"
             "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth")  # c9d0c4f2: of its sha256
-DETECTOR_CONFIG = dict(num_labels=80)  # of COCO; what else transformers has by default is this very network
+DETECTOR_CONFIG = dict(num_labels=80)  # of COCO; transformers' other defaults fit this network
 COCO_MEAN, COCO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LONGEST, SHORTEST, MULTIPLE = 1333, 800, 32  # of the detector's input: the sides at most, both padded to a multiple
+LONGEST, SHORTEST, MULTIPLE = 1333, 800, 32  # its input's largest long and short side, both padded to a multiple
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 

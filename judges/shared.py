@@ -28,13 +28,13 @@ from lib.images import open_rgb
 # ---- a run's folder
 
 FIXED = ("checksum", "steps", "guidance", "seed", "sampler", "precision", "pixels")  # the same for all in a folder
-VALUES = {  # what a judge's row is averaged by, and its ends: else "value", from -101 to 101. A cosine may pass 1 a bit
+VALUES = {  # of a judge: the key that is averaged and its bounds (a cosine may pass 1 a bit); else "value", -101 to 101
     "geneval": ("correct", 0, 1), "shapes": ("correct", 0, 1), "coco": ("FID", 0, 1e9), "blip": ("value", 0, 1),
     "owl": ("value", 0, 1), "clipscore": ("value", -1.01, 1.01), "geneval2": ("value", 0, 6.01)}
 
 
 def settings_of(model, args):
-    """(what images depend on, what else is worth knowing). A checksum is the model: its path may hold another later."""
+    """(what images depend on, what else is worth knowing). The checksum is the model's, whose path may change."""
     fixed = dict(checksum=models.model_checksum(model), steps=model.steps, guidance=model.guidance, seed=args.seed,
                  sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
                  pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)

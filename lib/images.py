@@ -25,7 +25,7 @@ from lib.prompts import check_rows, parquet_rows
 
 def open_rgb(file):
     """An image file (a path or a binary file) as a PIL image in RGB: upright, what is transparent on white, 16 bits a
-    channel scaled to 8. Raises ValueError, with the reason, if it is damaged or its white is not known."""
+    channel scaled to 8. Raises ValueError, with the reason, if it is damaged, transparent or without a known white."""
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
@@ -79,7 +79,7 @@ def read_pick_a_pic(files):
     for path in files:
         for group, k, row in parquet_rows(path, ["caption", "label_0"], ["are_different"]):
             number, c, label = number + 1, row["caption"], row["label_0"]
-            if label == label and label not in ("", 0, 0.5, 1):  # null is "", and NaN is not NaN
+            if label == label and label not in ("", 0, 0.5, 1):  # null is "" here, and NaN does not equal itself
                 raise UserError(f"{path}:{number}: label_0 must be 0, 0.5 or 1, not {label!r}.")
             if label == 0.5:
                 left_out["ties"] += 1
@@ -94,7 +94,7 @@ def read_pick_a_pic(files):
 
 @functools.lru_cache(1)
 def row_group(path, group):
-    """The images of one row group of a .parquet file. The next call is for the same one as a rule."""
+    """The images of one row group of a .parquet file. Most calls ask for the group of the call before."""
     return [row for *_, row in parquet_rows(path, ["jpg_0", "jpg_1"], group=group)]
 
 
@@ -103,7 +103,7 @@ def image_bytes(name):
     path, *place = name.rsplit("/", 3)
     if place and os.path.isfile(path):
         group, row, column = place
-        return row_group(path, int(group))[int(row)][column] or b""  # where it is null
+        return row_group(path, int(group))[int(row)][column] or b""  # for null
     with open(name, "rb") as file:
         return file.read()
 
@@ -123,7 +123,7 @@ def read_pair(row):
 
 def look_at(rows, rank, world, skip_bad):
     """{id: a checksum of its images} of the rows whose images can be read and differ; each process reads its share.
-    Raises UserError with all the others, but for skip_bad."""
+    Raises UserError with all the others, unless skip_bad."""
     good, bad = {}, []
     for row in tqdm(rows[len(rows) * rank // world:len(rows) * (rank + 1) // world], "look", disable=rank > 0):
         try:

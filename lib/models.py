@@ -105,7 +105,7 @@ class Sana:
         kind, given = type(pipe.scheduler), pipe.scheduler.load_config(pipe.name_or_path, subfolder="scheduler")
         self.shift = given.get("shift" if "shift" in inspect.signature(kind).parameters else "flow_shift")
         flows = "FlowMatch" in kind.__name__ or given.get("use_flow_sigmas")
-        if not flows or not self.shift or given.get("use_dynamic_shifting"):  # without it kind would silently take 1
+        if not flows or not self.shift or given.get("use_dynamic_shifting"):  # without one the class takes 1 in silence
             raise ValueError(f"{kind.__name__} has no use_flow_sigmas, or no fixed shift or flow_shift")
         for module in self.net.modules():
             if isinstance(getattr(module, "processor", None), SanaLinearAttnProcessor2_0):
@@ -203,14 +203,14 @@ def same_tokens(model, rows):
 
 
 def count_too_long(model, prompts):
-    """How many of the prompts none of the text encoders reads to the end."""
+    """How many of the prompts are too long for every text encoder."""
     whole = [[len(ids) <= limit for ids in tokenizer(prompts).input_ids] for tokenizer, limit in model.tokenizers]
     return sum(not any(of_a_prompt) for of_a_prompt in zip(*whole))
 
 
 @torch.no_grad()
 def sample(model, prompts, x_T, steps, guidance, output_type="latent"):
-    """x_T (B, channels, h, w) and B prompts -> x_0, latents as the network sees them, or PIL images for "pil"."""
+    """x_T (B, channels, h, w) and B prompts -> x_0, latents as the network sees them; or images for "pil" and "np"."""
     size = model.latent_shape[1] * model.pipe.vae_scale_factor
     return model.pipe(list(prompts), latents=x_T.to(model.device, model.dtype), height=size, width=size,
                       num_inference_steps=steps, guidance_scale=guidance, output_type=output_type,
@@ -244,8 +244,8 @@ def initial_noise(seed, shape):
 
 
 def read_name(name):
-    """What a model's name stands for: the folder's absolute path or the hub id, and the variant of its weights, the
-    files *.fp16.safetensors for NAME@fp16 and the plain ones for None. A folder goes before a preset of its name."""
+    """What a model's name stands for: the folder's absolute path or the hub id, and the variant of its weights, fp16 of
+    NAME@fp16 for the files *.fp16.safetensors, None for the plain ones. A folder goes before a preset of its name."""
     asked = None if os.path.isdir(name) else re.fullmatch(r"(.+)@(\w+)", name)
     path, variant = asked.groups() if asked else (name, None)
     if not os.path.isfile(os.path.join(path, "model_index.json")):
@@ -290,7 +290,7 @@ def find(name, of=""):
 def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     """The model called `name`: a preset, a hub id or a folder, also of an adapter that train.py wrote. All parts are in
     `dtype`, but the network is in `net_dtype` where that is given; without `text` there are no text encoders. Where
-    dtype is float16, what was made for bfloat16 is in that: a model whose network is stored in it, SANA's and SD3's
+    dtype is float16, parts made for bfloat16 are in bfloat16: a model whose network is stored in it, SANA's and SD3's
     language models, and SANA's autoencoder. Raises UserError if there is no such model or if it is damaged."""
     adapter = os.path.join(name, LORA) if os.path.isfile(os.path.join(name, LORA)) else None
     base = training_of(name, "model") if adapter else name
@@ -315,7 +315,7 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     with reading(f"{folder}: its scheduler", "it must be DDPM's for epsilon or v, or a flow's with a fixed shift."):
         model = family(pipe, torch.device(device))
     model.stored, model.guidance = stored, GUIDANCE.get(preset, model.guidance)
-    # x_0 = (the autoencoder's latents - shift) * factor; and each tokenizer with how many tokens of a prompt it reads
+    # x_0 = (the autoencoder's latents - shift) * factor; a tokenizer stands beside the number of tokens that it reads
     model.latent_scale = [pipe.vae.config.scaling_factor, pipe.vae.config.get("shift_factor") or 0.0]  # factor, shift
     model.tokenizers = [(part, family.max_tokens.get(name, part.model_max_length))
                         for name, part in pipe.components.items() if name.startswith("tokenizer") and part]

@@ -40,7 +40,7 @@ class PairStore:
         self.check_shard = functools.cache(self.check_shard)
 
     def check_shard(self, number):
-        """The path of a shard. Raises UserError if it is not what was written, or holds what can be no latents."""
+        """The path of a shard. Raises UserError if it is not what was written, or if its numbers are no latents."""
         path, size = shard_path(self.folder, number), self.meta["shard_size"]
         if not os.path.isfile(path) or checksum(path) != self.meta["checksums"][number]:
             raise UserError(f"{path} is missing or damaged: delete it and run its build_pairs.py command again.")
@@ -61,7 +61,7 @@ class PairStore:
         row = self.rows[i]
         path = self.check_shard(row["shard"])
         with reading(path, "it was changed during the run. Make the pairs anew."):
-            with safe_open(path, framework="pt") as shard:  # opened anew: reading past its end would end the process
+            with safe_open(path, framework="pt") as shard:  # opened each time: reading a cut file kills the process
                 x_0 = {name: shard.get_slice(name)[row["row"]] for name in self.names}
         return row, x_0["x_0_w"], x_0.get("x_0_l")
 
@@ -92,7 +92,7 @@ def shard_path(folder, number):
 
 
 def write_shards(folder, made):
-    """Writes the shards that this process made, each (number, content, ids of the rows that are no pairs). Then the
+    """Writes the shards that this process made, each (number, content, ids of rows to leave out). Then the
     first process puts the checksums and the ids of all processes into meta.json."""
     notes = []
     for number, content, left_out in made:

@@ -23,7 +23,7 @@ for library in LIBRARIES.values():
     library.utils.logging.set_verbosity_error()  # they would warn of image processors and of each prompt too long
     library.utils.logging.disable_progress_bar()
 
-# The safety checker makes images black and the watermarker marks them, which training data and benchmarks must not be.
+# The safety checker makes images black and the watermarker marks them, which neither training nor benchmarks allow.
 WITHOUT = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False, add_watermarker=False)
 LORA = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 VARIANT = r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors"  # in the name of a file with weights
@@ -63,7 +63,7 @@ def download(path, variant, what):
 
 
 def weight_files(folder, part, variant=None):
-    """The paths of a part's weights and their variant: that which is asked for if it is there, else None."""
+    """The paths of a part's weights and their variant: the one asked for where it is there, else None."""
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), part, "*model*.safetensors")))
     for found in (variant, None):
         name = rf"(diffusion_pytorch_)?model{f'[.]{found}' if found else ''}(-\d+-of-\d+)?[.]safetensors"

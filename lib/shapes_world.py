@@ -41,7 +41,7 @@ def render(scene):
 
 
 def lies(dx, dy, where, near=NEAR, clearly=1.0):
-    """Whether an offset in pixels points in a direction, `clearly` more along it than across; or is small, "middle"."""
+    """Whether an offset in pixels points in a direction, `clearly` more along it than across ("middle": is small)."""
     if where == "middle":
         return max(abs(dx), abs(dy)) <= near
     right, down = DIRECTIONS[where]
@@ -119,7 +119,7 @@ def write_caption(rng, prompt):
 
 
 def make_prompts(seed, count, held_out_share=0.0):
-    """Prompts with different captions, the tags in turn, the last share held out. `seed` is a list of integers."""
+    """Prompts with different captions, tags in turn, a last share of them held out. `seed` is a list of integers."""
     rng, prompts, seen = np.random.default_rng([11, *seed]), [], set()
     while len(prompts) < count:
         held_out = len(prompts) >= count * (1 - held_out_share)

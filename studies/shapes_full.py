@@ -51,7 +51,7 @@ HOME = "runs/shapes-full"
 
 
 def stores_of(home, seed):
-    """{method: its pair store}: all have the same pairs, but one has no c_minus."""
+    """{method: its pair store}: all have the same pairs, but in one each c_minus is empty."""
     whole = make_store(home, perturbed(home, seed, FULL_PAIRS), seed)
     without = select(f"{home}/pairs without c_minus", whole, whole, range(FULL_PAIRS), c_minus="")
     return dict.fromkeys(METHODS, whole) | {"Distilled, no prompt": without}
@@ -97,8 +97,8 @@ def select(out, winners, losers, chosen, **changes):
 
 
 def settings(homes):
-    """Every setting of GRID: the shares of prompts with everything right, and Fréchet distances. For each method's best
-    setting, by the share at GUIDANCE in per cent and then by that at 1, the shares over CURVE."""
+    """Shares of prompts with everything right, and Fréchet distances, at every setting of GRID; and the shares over
+    CURVE at each method's best setting, by the share at GUIDANCE in per cent and then by that at 1."""
     home, rows, best = homes[GRID_SEED], [], ["Reference"]
     stores = stores_of(home, GRID_SEED)
     for method in list(BEST_GUIDANCE)[1:]:

@@ -81,7 +81,7 @@ def compare(arm, found, right, limit):
     """Raises UserError if the loss or a gradient of an arm is not the right one. NaN never is."""
     largest = max(x.norm() for what, x in right.items() if what != "loss")
     for what, x in right.items():
-        slack = 0 if what == "loss" else 0.1 * largest  # guess: of a small gradient, half precision leaves little
+        slack = 0 if what == "loss" else 0.1 * largest  # guess: half precision blurs a small gradient
         if not (what in found and (found[what] - x).norm() <= limit * (x.norm() + slack)):
             raise UserError(f"{arm}: another {what} than that of the plain step, so that nothing is timed.")
 
