@@ -324,7 +324,7 @@ def check(args):
 def parse(argv):
     """The flags, with those that are not given filled in from EXPERIMENTS. Raises what `check` raises."""
     parser = argparse.ArgumentParser(usage="train.py --model MODEL [flags]", allow_abbrev=False, description="Tunes a "
-                                     "model with DDSPO or a baseline; docs/speed.md has the memory that this takes.")
+                                     "model with DDSPO or a baseline; docs/speed.md says how much memory this takes.")
     add = parser.add_argument
     add("--model", required=True, type=lambda path: path.rstrip("/"),
         help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder; NAME@fp16 takes the files of a variant")

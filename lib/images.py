@@ -25,7 +25,7 @@ from lib.prompts import check_rows, parquet_rows
 
 def open_rgb(file):
     """An image file (a path or a binary file) as a PIL image in RGB: upright, what is transparent on white, 16 bits a
-    channel scaled to 8. Raises ValueError, with the reason, if it is damaged, transparent or without a known white."""
+    channel scaled to 8. Raises ValueError, with the reason, if it is damaged, fully transparent or of unknown white."""
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)

@@ -33,16 +33,16 @@ EXPERIMENTS = {
     ("shapes", "alignment", "ddspo"):         dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
     ("shapes", "alignment", "diffusion-dpo"): dict(beta=1000,  lr=3e-5,      updates=80,   warmup=0, batch_size=64),
     ("shapes", "alignment", "distill"):       dict(scale=3,    lr=3e-5,      updates=80,   warmup=0, batch_size=64),
-}  # the numbers after # are the paper's tables; the last three rows: shapes.py
+}  # the numbers after # are the paper's tables; the last three rows: shapes.py, but scale: guess
 FAMILY = {"sd15": "sd14", "sd21": "sd14", "sana-1.6b": "sana"}  # a model without a row takes one of its family
-# Pairs that 24 GB hold at once without --checkpointing; 1 elsewhere, where SDXL and SD3 do not fit (calculated).
+# Pairs that 24 GB hold at once without --checkpointing (calculated); 1 for other models, of which SDXL, SD3 need more.
 MICRO_BATCH = {"sd14": 2, "sd15": 2, "sd21": 2, "sana": 2, "sana-1.6b": 1, "shapes": 64}
 LORA_RANK = {"sana": 128, "sana-1.6b": 128, "sd3": 128}  # where the authors' scripts use LoRA [o]
 HALF = dict(fp16=torch.float16, bf16=torch.bfloat16)
 
 
 def find_row(args):
-    """The row of EXPERIMENTS for a run's defaults: of its model and task, its model, its family, or None."""
+    """The row of EXPERIMENTS for a run's defaults: of its model and task, else its model, else its family; or None."""
     preset = models.preset_of(args.model)
     objective = "policies" if args.winner and args.objective == "ddspo" else args.objective
     fitting = [key for key in EXPERIMENTS if key[2] == objective and
