@@ -35,7 +35,7 @@ def download(path, variant, what):
     """The folder in the cache with the files of a hub id, or a UserError that begins with `what` and says why not."""
     if checkpoint := re.search(r"checkpoint-0*(\d+)\.pt$", path):
         raise UserError(f"{what}: the command that began this run, with --updates {checkpoint[1]}, makes a model of "
-                        "its newest checkpoint, if that is this one.")
+                        "this checkpoint, if it is the newest.")
     if os.path.isfile(path):
         raise UserError(f"{what}: README.md has a command that makes a folder of a single file.")
     for result in ("pipeline", "lora"):  # in the folder of a run

@@ -247,7 +247,7 @@ def finish(run):
 
 
 def model_card(args, base):
-    """A page for the hub, with the fields that diffusers' training scripts give theirs."""
+    """A page for the hub, with the fields that the pages of diffusers' training scripts have."""
     flags = {name: value for name, value in vars(args).items() if value is not None and not isinstance(value, bool)}
     command = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in flags.items())
     tags = ["text-to-image", "diffusers", "ddspo"] + ["lora"] * bool(args.lora_rank)

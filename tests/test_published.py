@@ -257,7 +257,7 @@ def test_a_name_that_is_none_is_answered_by_what_to_give_instead(sd, tmp_path, m
     Path("mine.safetensors").touch()
     refused("runs/x", "runs/x is no preset .* and no diffusers folder: give .*runs/x/lora")
     refused("runs/y/", "runs/y/ is no preset .* and no diffusers folder: give .*runs/y/pipeline")
-    refused("checkpoint-000040.pt", "the command that began this run, with --updates 40, makes a model of its newest checkpoint, if that")
+    refused("checkpoint-000040.pt", "the command that began this run, with --updates 40, makes a model of this checkpoint, if it is the newest.")
     refused("mine.safetensors", "no diffusers folder: README.md has a command that makes a folder of a single file")
     for name in ("nothing", "./no/where", "/no/where", "runs/x/typo", "typo.safetensors"):
         refused(name, f"{re.escape(name)} is no preset .* and no diffusers folder: there is no {re.escape(name)}/model_index.json")
