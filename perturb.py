@@ -12,7 +12,7 @@ Its answers are a function of the prompts and the flags, not of the number of pr
 that a stopped run goes on when its command is given again.
 
 In: a text file, one prompt a line; a .jsonl, .csv or .parquet file with a column `prompt` and, if wished, an `id`; or
-`diffusiondb`, the paper's prompts. Of equal prompts the first is taken.
+`diffusiondb`, the paper's prompts. The first of equal prompts is taken.
 Out: .jsonl, a line a pair: id, c, c_minus, strategy, perturb_seed (and llm).
 """
 

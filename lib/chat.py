@@ -33,7 +33,7 @@ def load_llm(name, instruction, device):
 
     def ask(prompts, seed):
         torch.manual_seed(seed)
-        # "<|eot_id|>" in a prompt from the web must not end the message, and a model that can think aloud must not.
+        # "<|eot_id|>" in a prompt from the web must not end the message, and no model is to think aloud.
         if whole_chat:
             end = f"\n<|eot_id|>\n{HEADER}assistant<|end_header_id|>\n"
             chats = [f"{instruction}\nprompt: {c.replace('<|', '< |')}{end}" for c in prompts]
@@ -55,8 +55,8 @@ ASCII_WORDS = bytes(ord(chr(i).lower()) if chr(i).isalnum() or chr(i) == "_" els
 
 
 def words_of(text):
-    """The words of a text in small letters, without a plural s, so that an apple is found in two apples."""
-    words = (text.encode().translate(ASCII_WORDS).decode().split() if text.isascii()  # the same, four times as fast
+    """The words of a text in small letters and without s at their ends, so that an apple is found in two apples."""
+    words = (text.encode().translate(ASCII_WORDS).decode().split() if text.isascii()  # four times as fast
              else WORDS.findall(text.casefold()))
     return [word.rstrip("s") or word for word in words]
 
@@ -67,28 +67,28 @@ FUNCTION_WORDS = set(words_of("a an the and or of in on at to by for from with a
 def why_unusable(c_minus, c, told, alignment):
     """Why a text cannot be c_minus of c, in words; None if it can. `told` are the instruction's words."""
     said = words_of(c_minus)
-    same_end = c_minus[-1:].casefold() == c.rstrip()[-1:].casefold()  # else they differ, and most answers do
+    same_end = c_minus[-1:].casefold() == c.rstrip()[-1:].casefold()  # most answers end otherwise than c, and so differ
     if not said or same_end and "".join(c_minus.split()).casefold() == "".join(c.split()).casefold():
         return "empty or the same as c"
     if not c_minus.isascii() and c_minus.encode(errors="replace").decode() != c_minus:  # no file can hold it
         return "half a character"
     n, repeated = min(RUN, len(said)), ()
-    if len(said) >= 2 * n or f" {said[n - 1]} " in told:  # of fewer words each run has the n-th
+    if len(said) >= 2 * n or f" {said[n - 1]} " in told:  # if there are fewer, every run holds the n-th
         repeated = [said[i:i + n] for i in range(len(said) - n + 1) if f" {' '.join(said[i:i + n])} " in told]
     if EXAMPLE in c_minus.casefold() or any(not set(run) <= set(words_of(c)) for run in repeated):
         return "the instruction's own words"
     if len(c_minus) > 2 * len(c):
         return "longer than twice c"
-    c_words = f" {c.casefold()} "  # most answers have a content word that stands between spaces in c
+    c_words = f" {c.casefold()} "  # a content word of most answers stands in it
     if alignment and not any(f" {word} " in c_words for word in said if word not in FUNCTION_WORDS):
         content = set(words_of(c)) - FUNCTION_WORDS
         return "no content word of c" if content and content.isdisjoint(said) else None
 
 
 def read_answer(answer, c, told="", alignment=False, seed=0):
-    """dict(c_minus) from a chat model's answer: of the first JSON object in it that has {"prompt": a text} or
-    {"neg_prompts": [texts]}. Of several usable texts one is drawn by (seed, c). `told` are the
-    instruction's words, with a space around each. Or dict(answer, reason) if no text is usable."""
+    """dict(c_minus) from a chat model's answer, or dict(answer, reason) if no text is usable. It reads the first JSON
+    object that has {"prompt": a text} or {"neg_prompts": [texts]}, and draws one of several usable texts by (seed, c).
+    `told` are the instruction's words, with a space around each."""
     texts, reason, usable = (), "not JSON", []
     for brace in BRACES(answer):
         try:

@@ -47,7 +47,7 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
         os.replace(path + ".partial", path)
-    except (OSError, RuntimeError) as error:  # a full disk's; torch's is a RuntimeError, and neither names the file
+    except (OSError, RuntimeError) as error:  # of a full disk (torch: RuntimeError), without the file's name
         if os.path.isfile(path + ".partial"):
             os.remove(path + ".partial")
         reason = error.args if isinstance(error, OSError) else (errno.ENOSPC, "the disk may be full")
@@ -55,13 +55,13 @@ def write_file(path, content):
 
 
 def read_text(path):
-    """The text of a file. Raises UserError where there is none."""
+    """The text of a file. Raises UserError if it cannot be read."""
     with reading(path, "it must be a text file in UTF-8."), open(path, encoding="utf-8") as file:
         return file.read()
 
 
 def read_json(path):
-    """The value in a JSON file. Raises UserError where there is none."""
+    """The value in a JSON file. Raises UserError if it cannot be read."""
     with reading(path, "it must be whole and valid JSON."):
         return json.loads(read_text(path))
 

@@ -60,7 +60,7 @@ def at_least(low, kind=int, high=sys.float_info.max):
 
 
 def given_flags(parser, argv):
-    """The names of the arguments that stand on the command line: what the others have are defaults."""
+    """The names of the arguments that stand on the command line; the others have their defaults."""
     empty = argparse.Namespace(**{action.dest: None for action in parser._actions})
     return {name for name, value in vars(parser.parse_args(argv, empty)).items() if value is not None}
 

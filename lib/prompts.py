@@ -18,8 +18,8 @@ WORDS = re.compile(rf"(?=\w){UNSPACED}|(?:(?!{UNSPACED})\w)+")  # without signs;
 LETTERS = re.compile(rf"(?:{WORDS.pattern})\W*|\W+")  # the same, with the signs that follow
 WEIGHT = re.compile(r":\s*[\d.]+\s*[)\]]")  # of A1111's (red car:1.3)
 PIECES = re.compile(rf"(?:[(\[]+[^()\[\]]*{WEIGHT.pattern}+|\S)+")  # words, but such a bracket is one
-UNTIDY = re.compile(r",(?! [^\s,])")  # a comma that may be either; others stand between words
-EMPTY = re.compile(r",(?:\s*,)+")  # tags of nothing
+UNTIDY = re.compile(r",(?! [^\s,])")  # a comma without one space and a word after it
+EMPTY = re.compile(r",(?:\s*,)+")  # an empty tag
 GLUED = re.compile(r",(?:(?<=[^\s,],)(?=[^\W\d]|[(\[])|(?<=[^\s,\d],)(?=\d))")  # between two tags, and not in 1,000
 
 
@@ -115,7 +115,7 @@ def read_perturbed(path, seed):
 
 
 def is_perturbed(path):
-    """Whether each line of a file is as perturb.py writes it, which may then write it anew; a pair store's has more."""
+    """Whether all lines of a file are as perturb.py writes them, and so may be replaced. A pair store's have more."""
     always = {"id", "c", "strategy", "perturb_seed"}
     return all(isinstance(row, dict) and always <= row.keys() <= always | {"c_minus", "answer", "reason", "llm"}
                for _, row in json_lines(path))
@@ -128,7 +128,7 @@ def parquet_rows(path, columns, optional=(), group=None):
 
     with reading(path, f"it must be a whole .parquet file with columns {', '.join(columns)}, each once."):
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)  # no whole column at once
-        wanted = [file.schema_arrow.field(name).name for name in columns]  # a KeyError where there is not one
+        wanted = [file.schema_arrow.field(name).name for name in columns]  # KeyError unless there is exactly one
         wanted += [name for name in optional if name in file.schema_arrow.names]
         for g in range(file.num_row_groups) if group is None else [group]:
             batches = file.iter_batches(4096, [g], wanted)
