@@ -7,8 +7,7 @@
 
 `generate` writes a benchmark's images into the folders that its official scorer reads. Image i comes from the noise of
 seed + i, and batch k holds the same images on any number of GPUs. `score` judges them and writes scores/. `table` makes
-means, 95 % intervals and paired differences of that. The same command goes on after a stop. A file of judges/ says how
-a benchmark is judged, and what differs from the official way.
+means, 95 % intervals and paired differences. The same command goes on after a stop. judges/ has a file a benchmark.
 """
 
 import argparse

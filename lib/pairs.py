@@ -23,8 +23,7 @@ from lib.processes import from_all, is_first
 
 class PairStore:
     """A finished pair store: store[i] -> (row, x_0_w, x_0_l), a dict and two tensors (channels, h, w); x_0_l is None in
-    a store of winners only. Raises UserError if the store is unfinished, or if its table or a shard is damaged. A shard
-    is checked when it is first read."""
+    a store of winners only. Raises UserError if it is unfinished or damaged; a shard is checked at its first read."""
 
     def __init__(self, folder):
         self.folder, self.meta, table = folder, read_meta(folder), os.path.join(folder, "pairs.jsonl")

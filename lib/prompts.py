@@ -102,8 +102,7 @@ def read_prompts(source):
 
 
 def read_perturbed(path, seed):
-    """A row, dict(id, c, c_minus, noise_seed and how perturb.py made c_minus), for each line of perturb.py's file or of
-    another one in its format."""
+    """A row, dict(id, c, c_minus, noise_seed, how c_minus was made), for each line of a file in perturb.py's format."""
     if not os.path.isfile(path) or not path.endswith(".jsonl"):
         raise UserError(f"--prompts {path}: there is no such .jsonl file. Make it with  python perturb.py prompts.txt "
                         "perturbed.jsonl")

@@ -43,9 +43,8 @@ def make_dataset(seed, count):
 
 
 def fit(net, loss_of_batch, data, ends, lr, path, every=500):
-    """AdamW up to each update in `ends`; over the last quarter before it the rate goes to 0. Returns the moving average
-    of the weights. The file `path` keeps the state, so that a stopped training goes on exactly from there: all that is
-    random comes from the seed and the update's number."""
+    """AdamW up to each update in `ends`; the rate falls to 0 over the last quarter before it. Returns the moving
+    average of the weights. The file `path` keeps the state, from which a stopped training goes on exactly."""
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
     parts, start = (net, optimizer, average), 0

@@ -26,8 +26,7 @@ BETA = {name: [3, 10, 50] if "guidance" in objective else [0.1, 1, 10] for name,
 
 
 def run_all(settings, seeds):
-    """{setting: its scores on every seed, (seeds, 3)}. A setting is (source of pairs, N, name of the method, beta, lr,
-    updates)."""
+    """{setting: its scores, (seeds, 3)}. A setting is (source of pairs, N, name of the method, beta, lr, updates)."""
     scores = {setting: [] for setting in settings}
     for seed in seeds:
         ref = toy2d.train_reference(seed)
