@@ -86,8 +86,10 @@ def checked(tensors, beta):
         if x.shape != tensors[0].shape or x.numel() == 0 or x.ndim == 0:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: all six need one non-empty shape (B, ...).")
     dtype = torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
-    is_tensor = torch.is_tensor(beta)
-    fits = not is_tensor or beta.is_floating_point() and beta.shape in ((), tensors[0].shape[:1])
-    if not fits or not (is_tensor and beta.is_cuda or torch.as_tensor(beta > 0).all()):  # a GPU is not waited for
-        raise ValueError(f"beta must be positive: a number or float tensor of shape ({len(tensors[0])},), not {beta}.")
-    return [x.to(dtype) for x in tensors], beta.to(tensors[0].device, dtype) if is_tensor else beta
+    if torch.is_tensor(beta):
+        if not beta.is_floating_point() or beta.shape not in ((), tensors[0].shape[:1]):
+            raise ValueError(f"beta must be a number or a float tensor of shape ({len(tensors[0])},), not {beta}.")
+        beta = beta.to(tensors[0].device, dtype)
+    if not (torch.is_tensor(beta) and beta.is_cuda) and not torch.as_tensor(beta > 0).all():  # a GPU is not waited for
+        raise ValueError(f"beta must be positive, not {beta}.")
+    return [x.to(dtype) for x in tensors], beta

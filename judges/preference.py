@@ -80,7 +80,3 @@ def load_hps(device, data, weights=HPS):
     net = from_url(transformers.CLIPModel, from_hub("CLIPConfig", CLIP_H), weights,
                    lambda checkpoint: clip_from_open_clip(checkpoint["state_dict"]), device)
     return cosine(net, from_hub("AutoTokenizer", CLIP_H), 100, hps_pixels, open_clip_text)
-
-
-def load_hps_21(device, data):
-    return load_hps(device, data, HPS_21)

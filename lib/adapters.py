@@ -22,7 +22,8 @@ def with_adapter(net, *names):
     layers = []  # found at the first call, when all adapters are loaded; net.set_adapter would search them each time
 
     def forward(*args, **kwargs):
-        layers.extend(() if layers else (m for m in net.modules() if hasattr(m, "_active_adapter")))
+        if not layers:
+            layers.extend(m for m in net.modules() if hasattr(m, "_active_adapter"))
         for layer in layers:
             layer._active_adapter = list(names)
         try:

@@ -29,7 +29,7 @@ def reading(what, advice):
     except UserError:
         raise
     except DAMAGED as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+        lines = [line for line in map(str.strip, str(error).splitlines()) if line and not line.endswith(":")]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"{what} cannot be read ({reason}): {advice}") from None
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
+import evaluate
 from judges import preference, shared
 
 
@@ -99,7 +100,7 @@ def test_hpsv2_has_the_weights_of_two_versions(monkeypatch):
     monkeypatch.setattr(preference, "from_hub", lambda *arguments: None)
     monkeypatch.setattr(preference, "from_url", lambda build, config, url, convert, device: urls.append(url))
     preference.load_hps("cpu", "")
-    preference.load_hps_21("cpu", "")
+    evaluate.BENCHMARKS["hps"][2]["hps21"][1]("cpu", "")
     assert urls == ["https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt",
                     "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt"]
 

@@ -838,7 +838,7 @@ def test_a_folder_or_a_hub_id_takes_the_settings_of_its_family(tmp_path):
     ("sd14 --objective sft --side l --lora-rank 4", dict(beta=None, lr=1e-4, updates=300, out="runs/sd14-sft-l", lora_rank=4)),
     ("sd14 --winner a --loser b", dict(beta=8000, row="sd14 alignment policies", out="runs/sd14-ddspo-policies")),
     ("sd15 --objective dspo", dict(beta=0.001, lr=2.048e-5)),
-    ("shapes --objective distill", dict(beta=None, scale=3, lr=3e-5, updates=80, batch_size=64, out="runs/shapes-distill")),
+    ("shapes --objective distill", dict(beta=None, scale=2, lr=3e-5, updates=80, batch_size=64, out="runs/shapes-distill")),
 ])
 def test_each_experiment_has_its_row(flags, expected):
     args = train.parse(["--model", *flags.split()])
