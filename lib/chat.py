@@ -86,9 +86,9 @@ def why_unusable(c_minus, c, told, alignment):
 
 
 def read_answer(answer, c, told="", alignment=False, seed=0):
-    """dict(c_minus) from a chat model's answer: of the first JSON object in it that has {"prompt": a text} or
-    {"neg_prompts": [texts]}. Of several usable texts one is drawn by (seed, c). `told` are the instruction's words,
-    with a space around each. Or dict(answer, reason) if no text is usable."""
+    """dict(c_minus) from a chat model's answer, or dict(answer, reason) if no text is usable. It reads the first JSON
+    object that has {"prompt": a text} or {"neg_prompts": [texts]}, and draws one of several usable texts by (seed, c).
+    `told` are the instruction's words, with a space around each."""
     texts, reason, usable = (), "not JSON", []
     for brace in BRACES(answer):
         try:
