@@ -87,8 +87,7 @@ def denoiser_loss(net, rng, scheduler, latents, ids):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", nargs="?", default="runs/shapes-reference", help="(default: %(default)s)")
-    parser.add_argument("--updates", nargs="+", type=at_least(1), default=UPDATES,
-                        help="of the U-Net; the learning rate falls to 0 before each of these (default: 5000 12000)")
+    parser.add_argument("--updates", nargs="+", type=at_least(1), default=UPDATES, help="of the U-Net; lr falls to 0")
     args = parser.parse_args(argv)
     folder, ends = args.folder, sorted(args.updates)
     torch.set_num_threads(1)  # with another number of threads the weights differ by rounding
