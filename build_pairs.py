@@ -161,8 +161,7 @@ def parse(argv):
     add("--model", type=os.path.normpath, help=f"{', '.join(models.PRESETS)}, a hub id or a folder; or NAME@VARIANT")
     add("--prompts", default="perturbed.jsonl", help="what perturb.py wrote (default: perturbed.jsonl)")
     add("--out", help="the pair store (default: pairs/MODEL)")
-    add("--from-images", metavar="PATH", help="instead of --prompts: a folder with a metadata.jsonl (c, winner and "
-        "loser in each line) or with Pick-a-Pic's .parquet files, or one such file")
+    add("--from-images", metavar="PATH", help="in place of --prompts: Pick-a-Pic, or metadata.jsonl: c, winner, loser")
     add("--skip-bad", action="store_true", help="leave out pairs of bad or equal images, or of non-finite latents")
     add("--negatives", choices=["generated", "none"], default="generated", help="none: winners only, at half the cost")
     add("--steps", type=at_least(1, high=1000), help="of sampling (default, from scripts: 25, SANA 20)")

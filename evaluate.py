@@ -149,7 +149,7 @@ def find_tasks(run, args):
     lack some (judged whole, so that none depends on a stop), its loader. Raises UserError if an image is missing."""
     there = [bench for bench in args.bench or BENCHMARKS if args.foreign and os.path.isdir(os.path.join(run, bench))]
     if there:
-        shared.adopt(run, {bench: list_images(bench, args.data) for bench in there})
+        shared.begin(run, {bench: list_images(bench, args.data) for bench in there}, shared.MADE_ELSEWHERE)
     settings = shared.read_settings(run)
     for bench in args.bench or settings["lists"]:
         if bench not in BENCHMARKS:
@@ -249,8 +249,7 @@ def main(argv=None):
     show.add_argument("--rows", type=at_least(1), default=4, help="how many prompts, from the first on (default: 4)")
     for sub, size, seed in ((make, 20, 42), (show, 4, 0)):
         sub.add_argument("--steps", type=at_least(1, high=1000), help="of sampling (default by scripts: 25, SANA 20)")
-        sub.add_argument("--guidance", type=at_least(0, float, high=100),
-                         help="guidance scale (default, from scripts: 7.5, SDXL and SD3 5.0, SANA 4.5; shapes 3)")
+        sub.add_argument("--guidance", type=at_least(0, float, 100), help="(by scripts: 7.5, SDXL, SD3 5, SANA 4.5)")
         sub.add_argument("--batch-size", type=at_least(1), default=size, help=f"images at once (guess: {size})")
         sub.add_argument("--seed", type=at_least(0), default=seed, help=f"of image 0 (default {seed}; authors' 42)")
     args = parser.parse_args(argv)

@@ -28,6 +28,7 @@ from lib.images import open_rgb
 # ---- a run's folder
 
 FIXED = ("checksum", "steps", "guidance", "seed", "sampler", "precision", "pixels")  # the same for all in a folder
+MADE_ELSEWHERE = dict(model="made elsewhere")  # what is known of images for --foreign
 VALUES = {  # of a judge: the key that is averaged and its bounds (a cosine may pass 1 a bit); else "value", -101 to 101
     "geneval": ("correct", 0, 1), "shapes": ("correct", 0, 1), "coco": ("FID", 0, 1e9), "blip": ("value", 0, 1),
     "owl": ("value", 0, 1), "clipscore": ("value", -1.01, 1.01), "geneval2": ("value", 0, 6.01)}
@@ -46,20 +47,14 @@ def settings_of(model, args):
 def begin(run, lists, fixed, notes=()):
     """Begins a run's folder with {benchmark: rows}, or goes on in it. Raises UserError if it was begun otherwise."""
     path = os.path.join(run, "settings.json")
+    if fixed == MADE_ELSEWHERE and not os.path.exists(path):
+        write_file(path, json.dumps(dict.fromkeys((*FIXED, "base"), "unknown") | fixed | dict(lists={})))
     same_settings(path, fixed, notes)
     found = read_settings(run)
     for bench, rows in lists.items():
         if found["lists"].setdefault(bench, list_checksum(rows)) != list_checksum(rows):
             raise UserError(f"{run} has images from other prompts of {bench}: give another folder.")
     write_file(path, json.dumps(found, indent=1) + "\n")
-
-
-def adopt(run, lists):
-    """Begins a folder of images that were made elsewhere, or goes on in it."""
-    path, known = os.path.join(run, "settings.json"), dict(model="made elsewhere")
-    if not os.path.exists(path):
-        write_file(path, json.dumps(dict.fromkeys((*FIXED, "base"), "unknown") | known | dict(lists={})))
-    begin(run, lists, known)
 
 
 def list_checksum(rows):

@@ -54,7 +54,6 @@ NOTES = {
     "CB": "complex as the authors run it, without the official `--complex True`; spaCy 3.8 in place of 3.5.",
     "CB~": "with OWLv2 in place of UniDet in spatial~ and complex~, so no CB; judges/compbench.py has the way to it.",
     "HPSv2": "version 2.0, without antialias, as torchvision did before 0.17; in float32. 2.1 has another scale.",
-    "FID": "30,000 images by BK-SDM's protocol, without an interval: it is no mean over prompts.",
     "GenEval 2 AM": "Soft-TIFA; changes by a factor of two with guidance and steps: compare runs of equal settings."}
 BRACKETS = "In brackets: 95 % intervals from resampling prompts; differences are paired."
 
@@ -79,8 +78,7 @@ def to_markdown(rows, paper):
     texts = [markdown_table(["", *columns], [(name, *[row.get(metric, "") for metric in columns])
                                              for name, row in cells.items() if row.keys() & set(columns)])]
     if parts:
-        texts.append(markdown_table(["", *rows], [(part, *[cells[run].get(part, "") for run in rows])
-                                                  for part in parts]))
+        texts += [markdown_table(["", *rows], [(part, *[cells[run].get(part, "") for run in rows]) for part in parts])]
     notes = [f"- {metric}: {NOTES[metric]}" for metric in columns if metric in NOTES]
     return "\n\n".join([*texts, BRACKETS, "\n".join(notes)])
 

@@ -23,12 +23,13 @@ def load_llm(name, instruction, device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
         llm = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True,
-            trust_remote_code=False).to(device)
+            trust_remote_code=False)
     whole_chat = HEADER in instruction
     if whole_chat and HEADER not in tokenizer.get_vocab():
         raise UserError(f"the template is a chat of Llama 3, but --llm {name} does not know its token {HEADER}.")
     if not whole_chat and not tokenizer.chat_template:
         raise UserError(f"--llm {name} has no chat template: it was not made to follow instructions.")
+    llm.to(device)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
 
     def ask(prompts, seed):

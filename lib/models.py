@@ -26,7 +26,7 @@ import torch
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
 from lib.files import UserError, checksum, read_json, read_text, reading, text_checksum
-from lib.parts import AGAIN, LORA, WITHOUT, download, load_part, put_adapter, stored_dtype
+from lib.parts import AGAIN, LORA, WITHOUT, download, load_part, put_adapter, stored_dtype, weight_files
 from lib.processes import is_first
 
 PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -294,13 +294,15 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     language models, and SANA's autoencoder. Raises UserError if there is no such model or if it is damaged."""
     adapter = os.path.join(name, LORA) if os.path.isfile(os.path.join(name, LORA)) else None
     base = training_of(name, "model") if adapter else name
-    if not base:
+    if base is None:
         raise UserError(f"{name} is an adapter without a training.json that names its model.")
     folder, config, variant = find(base, f"{name} is an adapter of another model: " if adapter else "")
     if base in PRESETS and folder == os.path.abspath(base) and is_first():
         print(f"note: {base} is the folder {folder}, not the preset", file=sys.stderr)
     preset, (family, _) = preset_of(base), FAMILIES[config["_class_name"]]
     stored = STORED.get(preset) or stored_dtype(folder, family.net_name, variant)
+    if variant and stored and not weight_files(folder, family.net_name, variant)[1]:
+        raise UserError(f"{name}: its {family.net_name} has no weights of the variant {variant}.")
     dtype = torch.bfloat16 if dtype == torch.float16 and stored == "BF16" else dtype
     dtypes = dict.fromkeys(family.not_in_float16, torch.bfloat16) if dtype == torch.float16 else {}
     dtypes[family.net_name] = net_dtype or dtype
@@ -310,9 +312,9 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
             left_out = not entry[0] or not text and part.startswith(("text_encoder", "tokenizer"))
             parts[part] = None if left_out else load_part(folder, part, *entry, dtypes.get(part, dtype), variant)
     with reading(f"{folder}: its model_index.json", AGAIN):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    with reading(f"{folder}: its scheduler", "it must be DDPM's for epsilon or v, or a flow's with a fixed shift."):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
+    pipe.to(device).set_progress_bar_config(disable=True)
+    with reading(f"{folder}: its scheduler", "it must be DDPM's for epsilon or v; SANA's and SD3's, of a fixed shift."):
         model = family(pipe, torch.device(device))
     model.stored, model.guidance = stored, GUIDANCE.get(preset, model.guidance)
     # x_0 = (the autoencoder's latents - shift) * factor; a tokenizer stands beside the number of tokens that it reads

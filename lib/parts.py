@@ -63,11 +63,16 @@ def download(path, variant, what):
 
 
 def weight_files(folder, part, variant=None):
-    """The paths of a part's weights and their variant: the one asked for where it is there, else None."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), part, "*model*.safetensors")))
+    """The paths of a part's weights and their variant: the one asked for where it is there, else None. Where there is
+    an index, they are the shards that it names, whatever else lies beside them."""
+    where = os.path.join(folder, part, "")
     for found in (variant, None):
-        name = rf"(diffusion_pytorch_)?model{f'[.]{found}' if found else ''}(-\d+-of-\d+)?[.]safetensors"
-        if files := [path for path in paths if re.fullmatch(name, os.path.basename(path))]:
+        infix = f".{found}" if found else ""
+        names = [f"diffusion_pytorch_model{infix}.safetensors", f"model{infix}.safetensors"]
+        for index in glob.glob(f"{glob.escape(where)}*.safetensors.index{infix}.json"):
+            with reading(index, AGAIN):
+                names = {*read_json(index)["weight_map"].values()}
+        if files := [where + name for name in sorted(names) if os.path.isfile(where + name)]:
             return files, found
     return [], None
 
@@ -88,14 +93,14 @@ def load_part(folder, part, library, kind, dtype, variant=None):
         others = re.findall(VARIANT, " ".join(names))
         if others and not files:
             raise UserError(f"{what} has only weights of the variant {others[0]}: give NAME@{others[0]}.")
+        if part in ("unet", "transformer") and not isinstance(size := kind.load_config(path).get("sample_size"), int):
+            raise UserError(f"{what} has the sample_size {size}: only square images are supported.")
         net, info = kind.from_pretrained(path, dtype=dtype, variant=found, use_safetensors=True,
                                          ignore_mismatched_sizes=True, output_loading_info=True)
     # the libraries would fill what is missing with random numbers and ignore what is too much
     odd = {*info["missing_keys"], *[key for key, *_ in info["mismatched_keys"]]}
     if part in ("unet", "transformer"):
         odd |= {*info["unexpected_keys"]}
-        if not isinstance(net.config.sample_size, int):
-            raise UserError(f"{what} has the sample_size {net.config.sample_size}: only square images are supported.")
     if odd:
         raise UserError(f"{what} is not whole, or of another model: its config.json does not fit {sorted(odd)[:3]}.")
     if not any(p.any() for p in net.parameters()):
@@ -137,7 +142,8 @@ def put_adapter(model, net, folder, name, flag=""):
     """Gives a network of a model the LoRA adapter in a folder, in any format that diffusers converts, under a name.
     Raises UserError unless all of its tensors are used and change something."""
     prefix = f"{model.net_name}."
-    with reading(f"{flag}{folder}", "it is no adapter for this model."), warnings.catch_warnings(action="ignore"):
+    advice = "it is no adapter for this model (or a pointer of git-lfs: git lfs pull)."
+    with reading(f"{flag}{folder}", advice), warnings.catch_warnings(action="ignore"):
         weights, *alphas, metadata = type(model.pipe).lora_state_dict(
             folder, weight_name=LORA, use_safetensors=True, unet_config=net.config, return_lora_metadata=True)
         layers, keys = dict(net.named_modules()), [key for key in weights if not key.endswith("alpha")]
@@ -146,9 +152,10 @@ def put_adapter(model, net, folder, name, flag=""):
         if keys and not unused:  # peft warns of several adapters, which Eq. 6 needs
             net.load_lora_adapter(weights, prefix=model.net_name, adapter_name=name, metadata=metadata,
                                   network_alphas=alphas[0] if alphas else None, low_cpu_mem_usage=True)
-            used = {prefix + key.replace(f".{name}.", "."): x
-                    for key, x in net.named_parameters() if f".{name}." in key}
-            unused = [key for key in keys if key not in used] if len(used) != len(keys) else []
+            used = {key.replace(f".{name}.", "."): x for key, x in net.named_parameters() if f".{name}." in key}
+            if any(x.is_meta for x in used.values()):
+                raise ValueError("some of its layers have not both a lora_A and a lora_B")
+            unused = [key for key in keys if key.removeprefix(prefix) not in used] if len(used) != len(keys) else []
         if unused or not keys:
             raise ValueError(f"{len(unused)} of its {len(keys)} tensors are for no layer: {', '.join(unused[:3])}")
         if not any(x.any() for key, x in used.items() if ".lora_B." in key):

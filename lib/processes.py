@@ -143,5 +143,4 @@ def add_up(tensors):
         for tensor in tensors if dist.is_initialized() else ():
             dist.all_reduce(tensor)
     except RuntimeError as error:
-        raise UserError(f"another process was lost ({str(error).splitlines()[0][:200]}). Go on from the newest "
-                        "checkpoint with the same command.") from error
+        raise UserError(f"another process was lost ({str(error).splitlines()[0][:200]}): start all again.") from error

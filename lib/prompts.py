@@ -92,8 +92,11 @@ def read_prompts(source):
         rows = enumerate((row for *_, row in parquet_rows(source, ["prompt"], ["id"])), 1)
     elif kind == ".csv":
         lines = (line + "\n" for _, line in text_lines(source))
-        with reading(source, "write it as a .csv file with commas, and texts with commas in quotes."):
-            rows = list(enumerate(csv.DictReader(lines, restkey="prompt", strict=True), 2))  # line 1 is the head
+        with reading(source, "write it as a .csv file with one column prompt, and texts with commas in quotes."):
+            table = csv.DictReader(lines, restkey="prompt", strict=True)
+            if table.fieldnames and table.fieldnames.count("prompt") != 1:
+                raise ValueError(f"its columns are {', '.join(table.fieldnames)}")
+            rows = list(enumerate(table, 2))  # line 1 is the head
     elif kind in (".txt", ""):
         rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
     else:

@@ -248,8 +248,9 @@ def finish(run):
 
 def model_card(args, base):
     """A page for the hub, with the fields that the pages of diffusers' training scripts have."""
-    flags = {name: value for name, value in vars(args).items() if value is not None and not isinstance(value, bool)}
-    command = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in flags.items())
+    flags = [["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
+             for name, value in vars(args).items() if value is not None and value is not False]
+    command = shlex.join(sum(flags, []))
     tags = ["text-to-image", "diffusers", "ddspo"] + ["lora"] * bool(args.lora_rank)
     of_the_hub = base.split("@")[0] if "/" in base and not os.path.isabs(base) else None
     head = ModelCardData(library_name="diffusers", base_model=of_the_hub, tags=tags).to_yaml()

@@ -12,8 +12,6 @@ import argparse
 import functools
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: a thread that waits must sleep and not spin
-
 import numpy as np
 import torch
 import torch.nn.functional as F
