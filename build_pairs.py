@@ -5,9 +5,9 @@
     python build_pairs.py --inspect pairs/sd14                            what is in a store, and what is wrong with it
 
 The model generates x_0_w from c and x_0_l from c_minus, both from the same x_T. Or x_0_w and x_0_l are the encodings of
-two images, which lib/images.py reads. lib/pairs.py says how the pairs are stored. Pair i depends on row i of the
-prompts and on seed + i, and on nothing else. So a stopped run goes on when the same command is given again, with any
-number of processes, to the same store: byte for byte, if the machine and --batch-size are the same too.
+two images (lib/images.py). Pair i depends on row i of the prompts and on seed + i, and on nothing else. So a stopped
+run goes on when the same command is given again, with any number of processes, to the same store (lib/pairs.py): byte
+for byte, if the machine and --batch-size are the same too.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def make_shard(model, rows, args, how, images, bar):
     bad = [row["id"] for i, row in enumerate(rows) if not all(x[i].isfinite().all() for x in shard.values())]
     if bad and not args.skip_bad:
         raise UserError(f"the latents of the pairs {bad} are not finite. Give --skip-bad, which leaves them out.")
+    if bad:
+        print(f"left out {count(bad, 'pair')}, whose latents are not finite: {bad}")
     return save(shard, dict(images=" ".join(images[row["id"]] for row in rows)) if images else None), bad
 
 
@@ -154,8 +156,7 @@ def missing_shards(out, shards, images, rank, world):
 
 def parse(argv):
     """The flags. Raises UserError where one does not go with the others."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="build_pairs.py --model MODEL [flags]",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--inspect", metavar="STORE", help="only say and draw what is in a store, and what is wrong")
     add("--model", type=os.path.normpath, help=f"{', '.join(models.PRESETS)}, a hub id or a folder; or NAME@VARIANT")
@@ -173,7 +174,7 @@ def parse(argv):
     args, given = parser.parse_args(argv), given_flags(parser, argv)
     if (args.inspect or not args.model) and given != {"inspect"}:
         raise UserError("give --model, or --inspect STORE and nothing else.")
-    for name in ("prompts", "negatives", "seed", "steps", "guidance"):
+    for name in ("prompts", "negatives", "seed", "steps", "guidance", "compile"):
         if args.from_images and name in given:
             raise UserError(f"--{name} goes with pairs that are generated, not with --from-images.")
     return args

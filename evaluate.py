@@ -25,9 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from judges import compbench, fid, geneval, geneval2, preference, shapes, shared
-from judges.table import make_table, stop_if_not_ours
+from judges.table import BRACKETS, make_table
 from lib import models, plots
-from lib.files import UserError, reading, to_lines, write_file
+from lib.files import UserError, reading, stop_if_not_ours, to_lines, write_file
 from lib.parts import replace_unet
 from lib.processes import at_least, barrier, holding, place, processes, program
 from lib.prompts import read_prompts
@@ -113,7 +113,7 @@ def sample_images(model, prompts, seeds, steps, guidance):
 
 
 def save_image(image, path):
-    """Writes a PNG or JPEG file (Pillow's quality 75), whole or not at all, if there is none. BK-SDM's protocol: a COCO
+    """Writes a PNG (level 1: fast) or JPEG file (Pillow's quality 75), if there is none. BK-SDM's protocol: a COCO
     image is written as JPEG into im512, read again, resized to 256 x 256 (bicubic) and written as JPEG into im256."""
     if shared.is_there(path):
         return
@@ -122,8 +122,7 @@ def save_image(image, path):
         large = os.path.join(os.path.dirname(folder), "im512", name)
         save_image(image, large)
         image = Image.open(large).resize((256, 256))
-    kind = "PNG" if path.endswith(".png") else "JPEG"
-    write_file(path, lambda file: image.save(file, kind, compress_level=1))  # of PNG: fast, a little larger
+    write_file(path, lambda file: image.save(file, "PNG" if path.endswith(".png") else "JPEG", compress_level=1))
 
 
 # ---- score
@@ -198,7 +197,8 @@ def table(args):
     path = os.path.splitext(args.out)[0] + ".json"
     if not args.out.lower().endswith(".md"):
         raise UserError(f"--out {args.out} must be the name of a file to write that ends in .md.")
-    stop_if_not_ours(args.out, path)
+    stop_if_not_ours(args.out, BRACKETS.encode())
+    stop_if_not_ours(path, b'{\n "runs": {')
     text, whole = make_table(list(dict.fromkeys(map(os.path.normpath, args.runs))), BENCHMARKS)
     write_file(args.out, text + "\n")
     write_file(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
@@ -211,7 +211,6 @@ def grid(args):
     prompts = [prompt for _, _, prompt in read_prompts(args.prompts) if prompt][:args.rows]
     if not prompts:
         raise UserError(f"{args.prompts} has no prompts in it.")
-    stop_if_not_ours(args.out)
     columns, device = [], place()[2]
     for name in args.models[1:]:  # load each once, so that a damaged one fails now and not after an hour
         load_model(name, args, device)
@@ -227,10 +226,10 @@ def grid(args):
 
 @program
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="program", required=True)
     programs = {run.__name__: run for run in (generate, score, table, grid)}
-    make, judge, tell, show = [commands.add_parser(name, help=run.__doc__.split(":")[0], allow_abbrev=False)
+    make, judge, tell, show = [commands.add_parser(name, help=(run.__doc__ or "").split(":")[0], allow_abbrev=False)
                                for name, run in programs.items()]
     make.add_argument("--model", required=True, help="a preset, hub id, diffusers folder or folder of a LoRA")
     make.add_argument("--out", required=True, help="the folder of this model's images")

@@ -159,7 +159,7 @@ def main(argv=None):
 
 def parse(argv):
     """The flags. Raises UserError where one does not go with the strategy, or where OUT cannot be written."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("prompts", help="a text file, one prompt a line; a .jsonl, .csv or .parquet file; or diffusiondb")
     add("out", help="the .jsonl file to write")

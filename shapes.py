@@ -183,7 +183,7 @@ def draw_images(home, names, seed, path):
 
 @program
 def main(argv=None):
-    argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False).parse_args(argv)
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False).parse_args(argv)
     home, names = "runs/shapes", ("Reference", *METHODS)
     with holding(home):
         same_settings(f"{home}/settings.json", dict(METHODS, guidance=GUIDANCE, updates=UPDATES, prompts=PROMPTS))

@@ -297,8 +297,6 @@ def preview(run, update):
 
 def check(args):
     """Raises UserError if flags do not go together, if a run would come to nothing, or if this machine cannot do it."""
-    if not args.out:
-        raise UserError("--out '' is no folder: give its name.")
     for name, objectives in GOES_WITH.items():
         if getattr(args, name) is not None and args.objective not in objectives:
             raise UserError(f"--{name} goes with --objective {' or '.join(objectives)}, not with {args.objective}.")
@@ -323,8 +321,7 @@ def check(args):
 
 def parse(argv):
     """The flags, with those that are not given filled in from EXPERIMENTS. Raises what `check` raises."""
-    parser = argparse.ArgumentParser(usage="train.py --model MODEL [flags]", allow_abbrev=False, description="Tunes a "
-                                     "model with DDSPO or a baseline; docs/speed.md says how much memory this takes.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="DDSPO or a baseline; memory: docs/speed.md.")
     add = parser.add_argument
     add("--model", required=True, type=lambda path: path.rstrip("/"),
         help=f"{', '.join(models.PRESETS)}, a hub id or a diffusers folder; NAME@fp16 takes the files of a variant")

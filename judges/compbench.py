@@ -207,6 +207,5 @@ def official_spatial(run):
             values = {row["question_id"]: float(row["answer"]) for row in read_json(path)}
             if values.keys() != images.keys() or not all(0 <= value <= 1 for value in values.values()):
                 raise ValueError(f"{len(values)} answers to {len(images)} images, or one that is not from 0 to 1")
-        for k, image in images.items():
-            found[image] = dict(path=image, group=category, index=k // 10, value=values[k])
+        found |= {x: dict(path=x, group=category, index=k // 10, value=values[k]) for k, x in images.items()}
     return found

@@ -5,8 +5,8 @@ for: so many objects of a class, of a colour, on the right side of others, and n
 `lenient` in the scores is the verdict by the position rule of DDSPO's authors.
 
 The detector is GenEval's own, OpenMMLab's Mask2Former Swin-S, in transformers' class: mmdet's weights renamed, with
-mmdet's input of 800 pixels and its bilinear masks. GenEval's script fetches mmdet 2's file (...743b7d99). This is that
-of mmdet 3 (...c9d0c4f2), of the same training run; the tensors of the two have not been compared.
+mmdet's input of 800 pixels and its bilinear masks. The file is mmdet 3's (...c9d0c4f2). GenEval's script fetches mmdet
+2's (...743b7d99), of the same training run; the tensors of the two have not been compared.
 """
 
 import itertools

@@ -22,7 +22,7 @@ import transformers
 from PIL import Image
 
 from lib import models
-from lib.files import UserError, checksum, difference, read_json, reading, same_settings, text_checksum, write_file
+from lib.files import UserError, checksum, difference, read_text, reading, same_settings, text_checksum, write_file
 from lib.images import open_rgb
 
 # ---- a run's folder
@@ -64,7 +64,7 @@ def list_checksum(rows):
 def read_settings(run):
     path = os.path.join(run, "settings.json")
     with reading(path, "give a folder that evaluate.py generate made, or --foreign and one with images in its layout."):
-        found = read_json(path) if os.path.isfile(path) else {}
+        found = json.loads(read_text(path)) if os.path.isfile(path) else {}
         if not {*FIXED, "base"} <= found.keys() or not isinstance(found["lists"], dict):
             raise ValueError("generate did not write it")
     return found

@@ -1,10 +1,8 @@
 """The table of what the judges found in several runs, beside the numbers of the paper's Tables 1 to 3."""
 
-import os
-
 from judges import compbench, geneval2
 from judges.shared import interval, per_prompt, read_scores, read_settings
-from lib.files import UserError
+from lib.files import UserError, reading
 from lib.plots import markdown_table
 
 COLUMNS = {  # of each: its benchmark and, if it is a plain mean, the judge and the key of what is averaged
@@ -115,7 +113,8 @@ def collect(run, settings, benchmarks):
 def make_table(runs, benchmarks):
     """(the lines of the table as a text, all that is in it as a dict)."""
     settings, rows, remarks = {run: read_settings(run) for run in runs}, {}, []
-    found = {run: collect(run, settings[run], benchmarks) for run in runs}
+    with reading(f"one of the scores of {', '.join(runs)}", "delete scores/ there, so that all is judged again."):
+        found = {run: collect(run, settings[run], benchmarks) for run in runs}
     if not any(found.values()):
         raise UserError(f"no benchmark in {', '.join(runs)} has been scored yet: run evaluate.py score first.")
     for run in runs:
@@ -139,13 +138,3 @@ def make_table(runs, benchmarks):
         for source, preset, row, values in PAPER if preset in {one["base"] for one in settings.values()}}
     text = "\n".join([to_markdown(rows, paper), *[f"- {line}" for line in remarks]])
     return text, dict(runs=rows, paper=paper, notes=NOTES, remarks=remarks, settings=settings)
-
-
-def stop_if_not_ours(*paths):
-    """Raises UserError if a file is there that is no table and no picture by matplotlib, as `table` and `grid` make."""
-    marks = BRACKETS.encode(), b'{\n "runs": {', b"Software\0Matplotlib"
-    for path in filter(os.path.exists, paths):
-        with open(path, "rb") as file:
-            content = file.read()
-        if not any(mark in content for mark in marks):
-            raise UserError(f"{path} exists and is no table or picture of this program: give another --out.")

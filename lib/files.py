@@ -28,6 +28,8 @@ def reading(what, advice):
         yield
     except UserError:
         raise
+    except pickle.UnpicklingError:  # torch's own text advises to run what is in the file
+        raise UserError(f"{what} cannot be read (it is damaged, or holds more than weights): {advice}") from None
     except DAMAGED as error:
         lines = [line for line in map(str.strip, str(error).splitlines()) if line and not line.endswith(":")]
         reason = lines[0] if lines else type(error).__name__
@@ -122,6 +124,14 @@ def stop_if_foreign(path):
         raise UserError(f"{folder} holds other files and no {name}: move it away, or give another name.")
 
 
+def stop_if_not_ours(path, mark):
+    """Raises UserError if there is a file without the mark that a program puts into what it writes there."""
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if mark not in file.read():
+                raise UserError(f"{path} exists, and this program did not write it: give another name.")
+
+
 def same_settings(path, settings, notes=()):
     """Writes what a folder is made with, and dict(notes) beside it. Raises UserError if the folder was begun with other
     settings, or if other files are in it already."""
@@ -130,5 +140,5 @@ def same_settings(path, settings, notes=()):
         stop_if_foreign(path)
         return write_file(path, json.dumps(dict(notes) | settings, indent=1) + "\n")
     with reading(path, f"move {folder} away, or give another name."):
-        if what := difference(read_json(path), settings):
+        if what := difference(json.loads(read_text(path)), settings):
             raise UserError(f"{folder} was begun with {what}: use the same again, or another folder.")

@@ -35,7 +35,7 @@ def open_rgb(file):
         raise ValueError(str(error)) from None
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
-        if image.mode == "F" or not 0 <= values.min() <= values.max() <= 65535:
+        if image.mode == "F" or values.min() < 0 or not 255 < values.max() <= 65535:
             raise ValueError(f"its pixels are numbers of kind {image.mode} without a known white: save it with 8 bits")
         image = Image.fromarray(np.round(values / 257).astype(np.uint8))  # 65535 / 257 = 255
     elif image.has_transparency_data:

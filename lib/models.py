@@ -13,6 +13,7 @@
 objective, the pairs and the training loop know nothing else of a model. t counts from 0, where there is least noise.
 """
 
+import glob
 import inspect
 import json
 import os
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
-from lib.files import UserError, checksum, read_json, read_text, reading, text_checksum
+from lib.files import UserError, checksum, read_text, reading, text_checksum
 from lib.parts import AGAIN, LORA, WITHOUT, download, load_part, put_adapter, stored_dtype, weight_files
 from lib.processes import is_first
 
@@ -37,7 +38,7 @@ PRESETS = {"sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1
            "shapes": os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "shapes")}
 GUIDANCE = {"shapes": 3.0}  # of sampling, where a preset has another than its family; guess: that of shapes.py
 STORED = {"sana-1.6b": "BF16"}  # trained in bfloat16, although its plain files are float32
-CHECKSUMS = {PRESETS["shapes"]: "62ab77bc8b86bc03"}  # of the model in this repository, by model_checksum
+CHECKSUMS = {PRESETS["shapes"]: "268a343c3036cc7d"}  # of all files of the model in this repository
 
 
 class StableDiffusion:
@@ -264,7 +265,7 @@ def training_of(folder, key):
     """An entry of the training.json that train.py wrote beside a result; None for any other model."""
     path = os.path.join(folder, "training.json")
     with reading(path, "the command that trained the model writes it anew."):
-        return read_json(path).get(key) if os.path.isfile(path) else None
+        return json.loads(read_text(path)).get(key) if os.path.isfile(path) else None
 
 
 def preset_of(name):
@@ -299,6 +300,9 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     folder, config, variant = find(base, f"{name} is an adapter of another model: " if adapter else "")
     if base in PRESETS and folder == os.path.abspath(base) and is_first():
         print(f"note: {base} is the folder {folder}, not the preset", file=sys.stderr)
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*")))
+    if folder in CHECKSUMS and CHECKSUMS[folder] != text_checksum("\n".join(map(checksum, files)))[:16]:
+        raise UserError(f"{folder} is not as it is in this repository: git checkout brings it back.")
     preset, (family, _) = preset_of(base), FAMILIES[config["_class_name"]]
     stored = STORED.get(preset) or stored_dtype(folder, family.net_name, variant)
     if variant and stored and not weight_files(folder, family.net_name, variant)[1]:
@@ -321,8 +325,6 @@ def load(name, device="cpu", dtype=torch.float32, net_dtype=None, text=True):
     model.latent_scale = [pipe.vae.config.scaling_factor, pipe.vae.config.get("shift_factor") or 0.0]  # factor, shift
     model.tokenizers = [(part, family.max_tokens.get(name, part.model_max_length))
                         for name, part in pipe.components.items() if name.startswith("tokenizer") and part]
-    if text and folder in CHECKSUMS and CHECKSUMS[folder] != model_checksum(model):
-        raise UserError(f"{folder} is not as it is in this repository: git checkout brings it back.")
     if adapter:
         put_adapter(model, model.net, name, "theta")
         model.net.files.append(adapter)

@@ -72,7 +72,9 @@ def read_meta(folder):
         meta = json.load(file)
         shards = range(0, meta["pairs"], meta["shard_size"])
         meta.setdefault("checksums", [None] * len(shards))
-        if len(meta["checksums"]) != len(shards) or meta["negatives"] not in ("generated", "none"):
+        kinds = dict(model=str, table=str, checksums=list, left_out=list)
+        if (len(meta["checksums"]) != len(shards) or meta["negatives"] not in ("generated", "none")
+                or not all(isinstance(meta.get(key, kind()), kind) for key, kind in kinds.items())):
             raise ValueError("its entries do not fit together")
         return meta
 
@@ -116,7 +118,9 @@ def inspect(folder):
     plots.try_path(picture)
     print(json.dumps({key: value for key, value in store.meta.items() if key not in ("checksums", "table")}, indent=1))
     model = models.load(store.meta["model"])
-    problems = [f"pair {name}: c and c_minus are the same" for name in models.same_tokens(model, store.rows)]
+    same, misfits = models.same_tokens(model, store.rows), misfit(store.meta, model)
+    problems = [f"pair {name}: c and c_minus are the same to the model" for name in same]
+    problems += [f"{folder}: {misfits}"] if misfits else []
     for number in tqdm(range(len(store.meta["checksums"])), "check"):
         try:
             store.check_shard(number)

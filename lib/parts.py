@@ -99,8 +99,9 @@ def load_part(folder, part, library, kind, dtype, variant=None):
                                          ignore_mismatched_sizes=True, output_loading_info=True)
     # the libraries would fill what is missing with random numbers and ignore what is too much
     odd = {*info["missing_keys"], *[key for key, *_ in info["mismatched_keys"]]}
-    if part in ("unet", "transformer"):
+    if library == "diffusers" and part != "vae":
         odd |= {*info["unexpected_keys"]}
+        stored_dtype(folder, part, found)  # raises for integers
     if odd:
         raise UserError(f"{what} is not whole, or of another model: its config.json does not fit {sorted(odd)[:3]}.")
     if not any(p.any() for p in net.parameters()):

@@ -9,7 +9,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend that needs no screen must be chosen first)
 
-from lib.files import UserError, json_lines, reading, write_file
+from lib.files import UserError, json_lines, reading, stop_if_not_ours, write_file
 
 
 def draw_grid(prompts, columns, path):
@@ -86,5 +86,6 @@ def try_path(path):
     """Raises UserError or OSError, before anything is computed, if no picture can be written here."""
     if os.path.isdir(path) or not path.lower().endswith(".png"):
         raise UserError(f"{path!r} must be the name of a picture to write, a file that ends in .png.")
+    stop_if_not_ours(path, b"Software\0Matplotlib")
     write_file(path + ".try", b"")
     os.remove(path + ".try")

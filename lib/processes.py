@@ -25,8 +25,8 @@ def program(main):
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
         try:
-            if sys.flags.optimize > 1:
-                raise UserError("python -OO drops the texts that --help shows: start without -OO.")
+            if "" in (sys.argv[1:] if argv is None else argv):  # as of "$NAME" where NAME is not set
+                raise UserError("an argument is '': give a name in its place, or leave it out with its flag.")
             result = main(argv)
             sys.stdout.flush()
             return result
@@ -39,6 +39,8 @@ def program(main):
             if isinstance(error, BrokenPipeError):  # or Python's own last flush fails too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             message = "stopped. The same command goes on from what was written, or begins anew where nothing was."
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            message = f"{error.filename} is a file where a folder is needed, or a folder where a file is: move it away."
         except (OSError, SafetensorError) as error:
             message = f"cannot read or write: {error}. What was written before is kept: run the same command again."
         sys.exit(message)  # by now the error is gone, and with it the progress bar, which has ended its line

@@ -145,6 +145,8 @@ def check_rows(path, rows, fields):
     for number, row in rows:
         try:
             texts, name = [row[field].strip() for field in fields], row.get("id")
+            if not isinstance(name, str | int | float | None):
+                raise TypeError("an id is a text or a number")
             name = f"{number:06d}" if name is None else str(name)
             said = f"{name} {' '.join(texts)}"
         except (KeyError, TypeError, AttributeError):

@@ -240,10 +240,7 @@ def finish(run):
         os.replace(partial, folder)
     print(f"wrote {folder}\nnext:  python evaluate.py grid --models {shlex.join([args.model, folder])} --prompts "
           "examples/prompts.txt")
-    try:
-        plots.draw_curves(os.path.join(args.out, "log.jsonl"))
-    except (OSError, UserError) as error:
-        run.note(f"curves.png was not drawn ({error}): the same command draws it when this is solved")
+    plots.draw_curves(os.path.join(args.out, "log.jsonl"))
 
 
 def model_card(args, base):

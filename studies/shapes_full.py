@@ -238,7 +238,7 @@ PARTS = dict(settings=settings, methods=methods, controls=controls, length=lengt
 
 @program
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS][1:], help="(default: all but settings)")
     parts = parser.parse_args(argv).parts
     with holding(HOME):

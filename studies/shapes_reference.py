@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lib import models
 from lib import shapes_world as world
-from lib.files import same_settings, write_file
+from lib.files import reading, same_settings, write_file
 from lib.processes import at_least, holding, program
 
 SEED, IMAGES, AUTOENCODER_UPDATES = 0, 131072, 4000
@@ -47,9 +47,10 @@ def fit(net, loss_of_batch, data, ends, lr, path, every=500):
     average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
     parts, start = (net, optimizer, average), 0
     if os.path.exists(path):
-        start, states = torch.load(path, weights_only=True)
-        for part, state in zip(parts, states):
-            part.load_state_dict(state)
+        with reading(path, "delete it, and its training begins anew."):
+            start, states = torch.load(path, weights_only=True)
+            for part, state in zip(parts, states):
+                part.load_state_dict(state)
     for update in tqdm(range(start, ends[-1]), path, initial=start, total=ends[-1], mininterval=10):
         end = next(end for end in ends if update < end)
         optimizer.param_groups[0]["lr"] = lr * min(1, (update + 1) / 200, (end - update) / (0.25 * end))
@@ -83,7 +84,7 @@ def denoiser_loss(net, rng, scheduler, latents, ids):
 
 @program
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("folder", nargs="?", default="runs/shapes-reference", help="(default: %(default)s)")
     parser.add_argument("--updates", nargs="+", type=at_least(1), default=UPDATES, help="of the U-Net; lr falls to 0")
     args = parser.parse_args(argv)

@@ -62,7 +62,7 @@ def choose_settings():
 
 @program
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", default="figures/toy2d_sweep.png", help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
     try_path(args.out)

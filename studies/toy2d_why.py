@@ -49,7 +49,7 @@ def asked(objective, ref, pairs, x_t, t, c):
 
 
 def measure(refs, n, objective):
-    """The alignment and the means of |d|^2 and |r|^2, (T,) each, over 512 winners' and 512 losers' states a seed."""
+    """The alignment (T,) over 512 winners' and 512 losers' states a seed."""
     t, sums = torch.arange(T).repeat_interleave(512), 0
     for seed, ref in refs.items():
         pairs, rng = toy2d.draw_pairs(ref, seed, n), torch.Generator().manual_seed(4000 + seed)
@@ -60,30 +60,25 @@ def measure(refs, n, objective):
             x_t = toy2d.noise(x_0, t, eps)
             r, d = eps_exact(x_t, t, c, **CLEAN) - ref(x_t, t, c), asked(objective, ref, pairs, x_t, t, c)
             sums += torch.stack([(d * r).sum(1), d.square().sum(1), r.square().sum(1)]).view(3, T, 512).sum(2)
-    d_r, d_d, r_r = sums / (1024 * len(refs))
-    return d_r / (d_d * r_r).sqrt(), d_d, r_r
+    return sums[0] / (sums[1] * sums[2]).sqrt()
 
 
 # ---- the tables and the pictures
 
-LINES = [("DDSPO", 2), ("DDSPO", 64), ("D-DPO", 1), ("D-DPO", 2), ("D-DPO", 16), ("D-DPO", 64)]  # methods and N
-COLOURS = ["C0", "navy", "lightpink", "C3", "brown", "black", "silver"]
+LINES = {("DDSPO", 2): "C0", ("DDSPO", 64): "navy", ("D-DPO", 1): "lightpink", ("D-DPO", 2): "C3",
+         ("D-DPO", 16): "brown", ("D-DPO", 64): "black"}  # {(method, N): colour}
 
 
 def draw_alignment(measured, path):
-    """Prints and draws alignment and size against t; measured {(method, N): the result of `measure`}."""
-    alignment, size = ({f"{name}, N = {n}": x[i] for (name, n), x in measured.items()} for i in (0, 1))
-    size["to correct: mean r²"] = measured["D-DPO", 2][2]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, title, lines in zip(axes, ("alignment with what is right", "asked for: mean d²"), (alignment, size)):
-        for (label, line), colour in zip(lines.items(), COLOURS):
-            axis.plot(line, color=colour, label=label)
-        axis.set(title=title, xlabel="t (0: almost clean, 99: almost noise)")
-        axis.legend(fontsize=8)
-        times = [1, 5, 10, 20, 35, 50, 65, 80, 95]
-        cells = [[label, *(f"{x:.2g}" for x in line[times].tolist())] for label, line in lines.items()]
-        print("\n" + markdown_table([f"{title} at t =", *times], cells))
-    axes[1].set_yscale("log")
+    """Prints and draws the alignment against t; measured {(method, N): the result of `measure`}."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    times, cells = [1, 5, 10, 20, 35, 50, 65, 80, 95], []
+    for (name, n), alignment in measured.items():
+        axis.plot(alignment, color=LINES[name, n], label=f"{name}, N = {n}")
+        cells.append([f"{name}, N = {n}", *(f"{x:.2g}" for x in alignment[times].tolist())])
+    axis.set(title="alignment with what is right", xlabel="t (0: almost clean, 99: almost noise)")
+    axis.legend(fontsize=8)
+    print(markdown_table(["alignment with what is right at t =", *times], cells))
     save_figure(figure, path)
 
 
@@ -120,7 +115,7 @@ def draw_arrows(ref, seed, path):
 
 @program
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", default="figures/toy2d_why.png", help="(default: %(default)s; fig1.png beside it)")
     args = parser.parse_args(argv)
     try_path(args.out)

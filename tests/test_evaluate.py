@@ -596,7 +596,7 @@ def test_a_table_replaces_tables_only(world, sd):
     score(world, "run")
     for name in ("my.json", "my.md"):
         (world / name).write_text('{"mine": 1}')
-        with pytest.raises(SystemExit, match=f"{name} exists and is no table or picture of this program: give another --out"):
+        with pytest.raises(SystemExit, match=f"{name} exists, and this program did not write it: give another name"):
             evaluate.main(["table", str(world / "run"), "--out", str(world / "my.md")])
         assert (world / name).read_text() == '{"mine": 1}' and len([file for file in os.listdir(world) if file.startswith("my.")]) == 1
         os.remove(world / name)
@@ -889,7 +889,7 @@ PROMPTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "examples", "
     (["grid", "--prompts", "none.txt"], "there is no file none.txt"),
     (["grid", "--prompts", __file__, "--out", "."], "'.' must be the name of a picture to write, a file that ends in .png"),
     (["grid", "--prompts", __file__, "--out", "x.jpg"], "'x.jpg' must be the name of a picture to write, a file that ends in .png"),
-    (["grid", "--prompts", PROMPTS, "--out", os.devnull + "/x.png"], "File exists: '/dev/null'"),
+    (["grid", "--prompts", PROMPTS, "--out", os.devnull + "/x.png"], "/dev/null is a file where a folder is needed"),
     (["grid", "--prompts", __file__], "test_evaluate.py: the prompts must be a .txt, .jsonl, .csv or .parquet file"),
     (["grid", "--prompts", PROMPTS, "--steps", "1001"], "argument --steps: must be 1000 or less, not 1001"),
     (["grid", "--prompts", __file__, "--rows", "0"], "argument --rows: must be 1 or more, not 0"),
@@ -1001,7 +1001,7 @@ def test_a_grid_names_a_model_that_cannot_be_loaded_before_it_samples_and_keeps_
     Image.new("RGB", (8, 8), "red").save(out)
     for content in (out.read_bytes(), b"no picture"):
         out.write_bytes(content)
-        with pytest.raises(SystemExit, match="g.png exists and is no table or picture of this program: give another --out"):
+        with pytest.raises(SystemExit, match="g.png exists, and this program did not write it: give another name"):
             evaluate.main(command)
         assert out.read_bytes() == content
 

@@ -231,7 +231,7 @@ def test_the_shift_in_the_schedulers_file_is_used_by_the_noise_and_the_sampler_o
         x.set_timesteps(10)
     close(model.pipe.scheduler.sigmas, expected.sigmas)
     for i, change in enumerate([{own: None}, {own: None, other: 2.0}, dict(use_dynamic_shifting=True)]):
-        with pytest.raises(UserError, match="no fixed shift or flow_shift.*: it must be .* a flow's with a fixed shift"):
+        with pytest.raises(UserError, match="no fixed shift or flow_shift.*: it must be .* of a fixed shift"):
             models.load(edited(folder, tmp_path / f"refused-{i}", file, **change))
 
 

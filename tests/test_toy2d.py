@@ -375,7 +375,7 @@ def test_the_measured_alignment_is_that_of_single_pairs_drawn_at_random(objectiv
     """d is a mean given the state and r a function of it, so <ask, r> = <d, r> on average, and |ask|^2 is |d|^2 or more."""
     ref, rng, beta = of_gaussians(toy2d.MODES, 0.25), torch.Generator().manual_seed(1), 2
     monkeypatch.setattr(toy2d_why, "T", 61)
-    alignment, d_d, measured_r_r = toy2d_why.measure({0: ref}, 2, objective)
+    alignment = toy2d_why.measure({0: ref}, 2, objective)
     pairs = toy2d.draw_pairs(ref, 0, 2)
     for step in (10, 30, 60):
         batch = torch.randint(2 * toy2d.K, (20_000,), generator=rng)
@@ -392,8 +392,7 @@ def test_the_measured_alignment_is_that_of_single_pairs_drawn_at_random(objectiv
             means.append(toy2d_why.asked(objective, ref, pairs, x_t, t, c))
         ask_r, ask_ask, mean_mean, r_r = ((torch.cat(a) * torch.cat(b)).sum(1).mean().item()
                                           for a, b in ((asks, rights), (asks, asks), (means, means), (rights, rights)))
-        assert measured_r_r[step].item() == pytest.approx(r_r, rel=0.1) and d_d[step].item() == pytest.approx(mean_mean, rel=0.2)
-        assert d_d[step] < 1.1 * ask_ask
+        assert mean_mean < 1.1 * ask_ask
         assert alignment[step].item() == pytest.approx(ask_r / math.sqrt(mean_mean * r_r), abs=0.1)
 
 
@@ -404,9 +403,7 @@ def test_a_reference_that_lacks_what_ddspo_asks_for_is_aligned_with_it(monkeypat
     monkeypatch.setattr(toy2d_why, "T", 20)
     for factor in (3, -1):
         monkeypatch.setattr(toy2d_why, "eps_exact", lambda x_t, t, c, **_: ref(x_t, t, c) + factor * toy2d_why.asked("ddspo", ref, pairs, x_t, t, c))  # noqa: B023
-        alignment, d_d, r_r = toy2d_why.measure({0: ref}, 2, "ddspo")
-        torch.testing.assert_close(alignment, torch.full((20,), float(factor > 0) * 2 - 1))
-        torch.testing.assert_close(r_r, factor**2 * d_d)
+        torch.testing.assert_close(toy2d_why.measure({0: ref}, 2, "ddspo"), torch.full((20,), float(factor > 0) * 2 - 1))
 
 
 def test_the_arrows_of_fig_1_lead_where_the_targets_do(monkeypatch, tmp_path):
