@@ -194,7 +194,7 @@ SETTINGS = {  # (beta or s, lr) at N = 2: the best of studies/toy2d_sweep.py on 
 @program
 def main(argv=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--pairs", choices=SETTINGS, default="apart", help="the source that draw_pairs describes")
+    parser.add_argument("--pairs", choices=SETTINGS, default="apart", help="own x_T each, one x_T, or the ground truth")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cpu", help="(default: %(default)s)")
     parser.add_argument("--out", default="figures/toy2d.png", help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
