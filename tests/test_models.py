@@ -371,6 +371,14 @@ def test_the_preset_and_the_safety_checker_of_a_model(model, tmp_path):
         assert pipe.safety_checker is None and not pipe.config.requires_safety_checker
 
 
+def test_a_gpu_without_enough_memory_is_no_damaged_model(sd, monkeypatch):
+    def to(pipe, device):
+        raise torch.OutOfMemoryError("20 GiB")
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", to)
+    with pytest.raises(torch.OutOfMemoryError, match="20 GiB"):
+        models.load(sd)
+
+
 def damaged(folder, path, part, damage):
     """A copy of the folder with a part damaged."""
     shutil.copytree(folder, path)

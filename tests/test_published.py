@@ -24,6 +24,7 @@ from lib import adapters, models, parts, processes
 from lib.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 3438167534\n"  # of git-lfs
 RUN = ["--batch-size", "2", "--micro-batch", "2", "--warmup", "0", "--lr", "1e-3", "--beta", "500"]
 
 
@@ -131,6 +132,24 @@ def test_precision_is_that_of_the_shards_in_the_index_and_sana_1_6b_is_a_bf16_mo
     refused(folder, "its transformer|00002-of-00002")
 
 
+def test_the_weights_of_a_unet_are_the_shards_of_its_index_whatever_else_lies_beside_them(sd, tmp_path):
+    folder = Path(shutil.copytree(sd, tmp_path / "sd"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    others = {name: (x + 1).bfloat16() for name, x in load_file(file).items()}
+    shards(folder, "unet", torch.float32)
+    before = models.model_checksum(models.load(str(folder)))
+    for name in (file.name, f"{file.stem}-00003-of-00003.safetensors", f"{file.stem}.bf16.safetensors"):
+        save_file(others, file.with_name(name), metadata=dict(format="pt"))
+    model = models.load(str(folder))
+    assert models.model_checksum(model) == before and model.stored == parts.stored_dtype(str(folder), "unet") == "F32"
+    assert equal(model.pipe, models.load(sd).pipe)
+
+
+def test_a_variant_that_no_file_has_is_refused(published, only_half):
+    refused(published["sd"] + "@fp61", "@fp61: its unet has no weights of the variant fp61")
+    refused(only_half + "@fp61", "has only weights of the variant fp16: give NAME@fp16")
+
+
 def test_a_folder_with_one_variant_alone_is_taken_by_its_name(only_half, published, pairs, tmp_path):
     refused(only_half, "its (vae|text_encoder|unet) has only weights of the variant fp16: give NAME@fp16")
     half, whole = models.load(only_half + "@fp16"), models.load(published["sd"])
@@ -170,7 +189,7 @@ def test_weights_that_are_not_what_they_should_be(family_folders, tmp_path, part
     file = next((folder / part).glob("*.safetensors"))
     weights = load_file(file)
     if change == "pointer":
-        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 3438167534\n")
+        file.write_text(POINTER)
     else:
         changed = dict(int8=lambda x: x.to(torch.int8), zeros=torch.zeros_like).get(change, lambda x: x)
         weights = {name: changed(x) for name, x in weights.items()} | ({"other.weight": torch.ones(3)} if change == "one more" else {})
@@ -195,6 +214,21 @@ def test_the_model_of_this_repository_is_known_by_its_checksum(tmp_path, monkeyp
     refused("shapes", f"shapes: there is no {folder}/model_index.json")
 
 
+@pytest.mark.parametrize("file, change", [
+    ("vae/config.json", lambda text: text.replace('"layers_per_block": ', '"layers_per_block":\t')),
+    ("tokenizer/tokenizer.json", lambda text: text.replace('"red</w>": 351', '"red</w>": 347').replace('"blue</w>": 347', '"blue</w>": 351'))])
+def test_a_changed_setting_and_swapped_words_of_the_model_of_this_repository_are_noticed(file, change, tmp_path, monkeypatch):
+    folder = shutil.copytree(models.PRESETS["shapes"], tmp_path / "shapes")
+    monkeypatch.setitem(models.PRESETS, "shapes", str(folder))
+    monkeypatch.setattr(models, "CHECKSUMS", {str(folder): checksum for checksum in models.CHECKSUMS.values()})
+    models.load("shapes")
+    before = (folder / file).read_text()
+    (folder / file).write_text(change(before))
+    assert json.loads(change(before)) and change(before) != before
+    for text in (True, False):  # with or without the text encoder
+        refused("shapes", f"{folder} is not as it is in this repository: git checkout brings it back", text=text)
+
+
 @pytest.mark.parametrize("family, scheduler, said", [
     ("sd", "EDMDPMSolverMultistepScheduler", "its scheduler cannot be read .*EDMDPMSolverMultistepScheduler.*alphas_cumprod.*: it must be DDPM's"),
     ("sdxl", "EDMEulerScheduler", "its scheduler cannot be read .*EDMEulerScheduler.*alphas_cumprod.*: it must be DDPM's"),
@@ -207,6 +241,20 @@ def test_a_scheduler_of_another_kind_is_named(family_folders, tmp_path, family, 
     shutil.rmtree(os.path.join(folder, "scheduler"))
     getattr(diffusers, scheduler)().save_pretrained(os.path.join(folder, "scheduler"))
     refused(folder, said)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda w: {name: x.to(torch.int8) for name, x in w.items()}, "is stored in I8: only models in floating point are read"),
+    (lambda w: w | {"other.weight": torch.ones(3)}, r"is not whole, or of another model: its config.json does not fit \['other.weight'\]")])
+def test_a_unet_alone_is_checked_as_that_of_a_model_is_in_a_folder_of_any_name(change, said, sd, tmp_path):
+    folder = shutil.copytree(Path(sd) / "unet", tmp_path / "alone")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(file)), file, metadata=dict(format="pt"))
+    model = models.load(sd)
+    before = model.net
+    with pytest.raises(UserError, match=f"^{tmp_path}: its alone {said}"):
+        parts.replace_unet(model, str(folder))
+    assert model.net is before
 
 
 @pytest.mark.parametrize("family, part", [("sd", "unet"), ("sdxl", "unet"), ("sana", "transformer"), ("sd3", "transformer")])
@@ -325,6 +373,8 @@ def adapter(sd, tmp_path):
     (lambda w: {name.replace("attn1", "attn9"): x for name, x in w.items()}, r"32 of its 64 tensors .*: (unet.*attn9[^,]*(, |$)){3}$"),
     (lambda w: {f"unet.x.{name}": x for name, x in w.items()}, "64 of its 64 tensors are for no layer: unet.x.unet"),
     (lambda w: {}, "0 of its 0 tensors are for no layer|cannot be read"),
+    *[(lambda w, half=half: {name: x for name, x in w.items() if not name.endswith(f"0.attn1.to_q.lora_{half}.weight")},
+       "some of its layers have not both a lora_A and a lora_B") for half in "AB"],
     (lambda w: {name: 0 * x if "lora_B" in name else x for name, x in w.items()}, "all of its lora_B are 0, so that it changes nothing"),
     (lambda w: {name: x[:, 1:] if name.endswith("0.attn1.to_q.lora_A.weight") else x for name, x in w.items()},
      r"size mismatch for .*attn1.to_q.lora_A.* torch.Size\(\[2, 15\]\).* torch.Size\(\[2, 16\]\)"),
@@ -340,6 +390,15 @@ def test_every_tensor_of_an_adapter_is_used_or_it_is_refused(sd, adapter, change
         adapters.load_policy(adapter, "winner", model.net, model)
     assert "is no adapter for this model" in str(stop.value)
     refused(adapter, f"^{adapter} .*{said}")
+
+
+def test_a_pointer_of_git_lfs_is_no_adapter(sd, adapter):
+    Path(adapter, models.LORA).write_text(POINTER)
+    model = models.load(sd)
+    with pytest.raises(UserError, match=f"^--winner {adapter} cannot be read .*git lfs pull") as stop:
+        adapters.load_policy(adapter, "winner", model.net, model)
+    assert "\n" not in str(stop.value)
+    refused(adapter, f"^{adapter} cannot be read .*git lfs pull")
 
 
 @torch.no_grad()

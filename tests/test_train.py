@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -790,6 +791,13 @@ def test_numbers_with_which_a_run_comes_to_nothing_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         train.parse(["--model", "sd14", *flags.split()])
     assert train.parse(["--model", "sd14"]).warmup == 100  # the paper's own row: as long as the run
+
+
+def test_the_command_of_the_model_card_has_the_flags_without_a_value():
+    args = train.parse(["--model", "sd14", "--checkpointing", "--out", "my run"])
+    command = re.search(r"train\.py (.*)", runs.model_card(args, "owner/name"))[1]
+    assert "--checkpointing" in command and not re.search("--(compile|tensorboard|preview)|True|False", command)
+    assert vars(train.parse(shlex.split(command))) == vars(args)
 
 
 def test_what_is_strange_about_an_update_is_said_once(sd, pairs, tmp_path, capsys):
