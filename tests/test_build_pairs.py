@@ -156,7 +156,9 @@ def test_latents_that_are_not_finite_are_not_stored_or_left_out(sd, prompts, pai
     assert sorted(read_folder(tmp_path / "store")) == ["meta.json", "pairs.jsonl"]
     build(sd, tmp_path / "store", "--prompts", prompts, "--skip-bad", *STEPS)
     store, whole, kept = PairStore(tmp_path / "store"), PairStore(pairs), [0, 2, 3, 5, 6, 8]  # of the last, x_0_w is bad
-    assert [row["id"] for row in store.rows] == [f"p{i}" for i in kept] and "store: 6 pairs in 4 shards" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert [row["id"] for row in store.rows] == [f"p{i}" for i in kept] and "store: 6 pairs in 4 shards" in said
+    assert re.findall("left out 1 pair, whose latents are not finite: (.*)", said) == ["['p1']", "['p4']", "['p7']", "['p9']"]
     for i, k in enumerate(kept):
         assert store[i][0] == whole[k][0] and all((x == y).all() for x, y in zip(store[i][1:], whole[k][1:]))
     assert problems_of(tmp_path / "store") == []
@@ -426,7 +428,7 @@ def test_a_changed_table_or_meta_is_noticed(sd, prompts, copy):
         with pytest.raises(UserError, match="pairs.jsonl is missing or was changed"):
             PairStore(copy)
     meta = json.loads((copy / "meta.json").read_text())
-    wrong = [dict(checksums=[]), dict(checksums=5), dict(shard_size=0), dict(shard_size="3"), dict(negatives="x")]
+    wrong = [dict(checksums=[]), dict(checksums=5), dict(shard_size=0), dict(shard_size="3"), dict(negatives="x"), dict(model=5), dict(left_out=5)]
     for change in ("", "{", "[1]", "{}", table, *[json.dumps(meta | change) for change in wrong]):
         (copy / "meta.json").write_text(change)
         for read in (lambda: PairStore(copy), lambda: build(sd, copy, "--prompts", prompts, *STEPS)):
@@ -585,10 +587,13 @@ def test_every_kind_of_image_becomes_rgb_as_it_is_seen(tmp_path):
         image.save(tmp_path / name, **how)
         found = open_rgb(tmp_path / name)
         assert found.mode == "RGB" and (np.array(found) == expected).all(), name
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "bright.png")  # 40000 / 65535 of 255
+    assert (np.array(open_rgb(tmp_path / "bright.png")) == 156).all()
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "grey.tif")  # white may be 255, or more
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(ramp.astype(np.int32) * 9999999).save(tmp_path / "long.tif")
     Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(tmp_path / "nothing.png")
-    for name, message in (("float.tif", "numbers of kind F without a known white"), ("long.tif", "of kind I without"), ("nothing.png", "wholly transparent")):
+    for name, message in (("float.tif", "numbers of kind F without a known white"), ("long.tif", "of kind I without"), ("grey.tif", "of kind I without"), ("nothing.png", "wholly transparent")):
         with pytest.raises(ValueError, match=message):
             open_rgb(tmp_path / name)
 
@@ -721,6 +726,7 @@ def test_a_bad_line_is_named_and_nothing_is_begun(flag, row, message, sd, photos
     (["--guidance", "nan"], "--guidance: must be 0 or more, not nan"), (["--guidance", "1e9"], "--guidance: must be 100 or less, not 1e9"), (["--out", __file__], "cannot be a folder, because a file is in its place"),
     *[(["--from-images", path], rf"--from-images {path}\S*: must be a folder with a metadata.jsonl or with Pick-a-Pic's .parquet files, or one such file")
       for path in (os.path.dirname(__file__), __file__, "none.jsonl")],
+    (["--from-images", ".", "--compile"], "--compile goes with pairs that are generated, not with --from-images"),
     *[(["--from-images", ".", flag, value], f"{flag} goes with pairs that are generated, not with --from-images")
       for flag, value in (("--prompts", "1"), ("--steps", "1"), ("--guidance", "1"), ("--seed", "1"), ("--negatives", "none"))]])
 def test_mistakes_end_in_one_sentence(flags, message, sd, prompts, capsys):
@@ -755,6 +761,15 @@ def test_inspect_tries_its_pictures_path_before_the_computing(copy, monkeypatch)
     monkeypatch.setattr(models, "load", None)
     with pytest.raises(SystemExit, match=f"^'{copy}.png' must be the name of a picture to write, a file that ends in .png"):
         build_pairs.main(["--inspect", str(copy)])
+
+
+def test_inspect_overwrites_its_own_picture_only(copy):
+    assert problems_of(copy) == problems_of(copy) == []
+    Image.new("RGB", (8, 8), "red").save(f"{copy}.png")
+    before = open(f"{copy}.png", "rb").read()
+    with pytest.raises(SystemExit, match=f"^{copy}.png exists, and this program did not write it: give another name.$"):
+        build_pairs.main(["--inspect", str(copy)])
+    assert open(f"{copy}.png", "rb").read() == before
 
 
 @pytest.mark.slow

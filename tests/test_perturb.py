@@ -265,6 +265,9 @@ def write(path, content):
     ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(dict(n=[1], text=["a"])), p), r"^p.parquet cannot be read \('Column prompt does not exist in schema'\): it must be a whole .parquet file with columns prompt, each once"),
     ("p.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table([["a b"], ["c d"]], ["prompt", "prompt"]), p), "^p.parquet cannot be read .*: it must be a whole .parquet file with columns prompt, each once"),
     ("p.jsonl", lambda p: write(p, b'{"prompt": "a b", "id": [1]}\n{"prompt": "a b", "id": "[1]"}'), r"^p.jsonl:1: not a row with texts prompt: .*'id': \[1\]"),
+    ("p.jsonl", lambda p: write(p, b'{"prompt": "a b"}\n{"prompt": "c d", "id": {"x": 1}}'), r"^p.jsonl:2: not a row with texts prompt: .*'id': {'x': 1}}\n1 bad line"),
+    *[("p.csv", lambda p, head=head: write(p, f"{head}\na fox,a cup\n".encode()), rf"^p.csv cannot be read \(its columns are {head.replace(',', ', ')}\): write it as a .csv file with one column prompt, and texts with commas in quotes.\Z")
+      for head in ("prompt,prompt", "id,Prompt")],
     ("p.txt", lambda p: write(p, b"two cups\na red\0 fox\n"), "^p.txt:2: it holds a NUL, or is in another encoding than UTF-8: save the file as UTF-8\n1 bad line"),
     ("p.jsonl", lambda p: write(p, b'{"prompt": "a red\\u0000 fox"}'), "^p.jsonl:1: it holds a NUL"),
     ("p.csv", lambda p: write(p, "prompt\nein Bär\n".encode("latin-1")), "^p.csv:2: it holds a NUL, or is in another encoding than UTF-8"),
