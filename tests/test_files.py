@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -13,13 +14,15 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lib.files import UserError, json_lines, read_json, same_settings, to_lines, write_file
+from lib.files import UserError, json_lines, read_json, reading, same_settings, to_lines, write_file
 from lib.processes import at_least, holding, processes, program
 
 
 @pytest.mark.parametrize("error, said", [
     (UserError("this flag does not go with that one."), "this flag does not go with that one."),
     (OSError(28, "No space left on device", "pairs/x"), "cannot read or write: .*No space left on device: 'pairs/x'.*same command"),
+    *[(kind(17, "so it is", "a/b"), "^a/b is a file where a folder is needed, or a folder where a file is: move it away.$")
+      for kind in (FileExistsError, NotADirectoryError, IsADirectoryError)],
     (SafetensorError("bad header"), "cannot read or write: bad header"),
     (torch.OutOfMemoryError("2 GiB"), "out of memory: give a smaller --batch-size.*--lora-rank. 2 GiB"),
     (KeyboardInterrupt(), "^stopped. The same command goes on from what was written, or begins anew where nothing was.$")])
@@ -48,6 +51,21 @@ def test_a_program_gives_its_flags_on_and_returns_what_main_returns():
         return argv
 
     assert main(["a"]) == ["a"] and main() is None and main.__name__ == "main"
+
+
+def test_an_empty_argument_is_no_name(monkeypatch):
+    started = []
+    main = program(lambda argv=None: started.append(argv))
+    for argv in (["--out", ""], [""], ["a", "", "b"]):
+        with pytest.raises(SystemExit, match="^an argument is '': give a name in its place, or leave it out with its flag.$"):
+            main(argv)
+        monkeypatch.setattr(sys, "argv", ["program.py", *argv])  # as of a shell
+        with pytest.raises(SystemExit, match="^an argument is ''"):
+            main()
+    assert not started
+    monkeypatch.setattr(sys, "argv", ["", "a"])  # of python -c
+    main()
+    assert started == [None]
 
 
 def test_characters_that_the_terminal_does_not_have_do_not_end_a_program(monkeypatch):
@@ -115,6 +133,15 @@ def test_bad_json_is_named_by_file_and_line(tmp_path):
     rows = [dict(a="ö"), dict(b=None)]
     (tmp_path / "a.jsonl").write_text("\ufeff" + to_lines(rows), encoding="utf-8")  # as Windows' editors write it
     assert [row for _, row in json_lines(str(tmp_path / "a.jsonl"))] == rows
+
+
+def test_a_file_that_holds_more_than_weights_is_damaged_and_is_not_to_be_run(tmp_path):
+    path = tmp_path / "net.pt"
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2)), lambda _, path: path.write_text("<html>")):
+        write(argparse.Namespace(a=1), path)
+        with pytest.raises(UserError) as stop, reading(path, "delete it."):
+            torch.load(path, weights_only=True)
+        assert str(stop.value) == f"{path} cannot be read (it is damaged, or holds more than weights): delete it."
 
 
 def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):

@@ -1,5 +1,6 @@
 """plots.py: what a run's log and a table of images look like as pictures."""
 
+import io
 import json
 import os
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import toy2d
 from lib import plots
 from lib.files import UserError
 
@@ -100,3 +102,22 @@ def test_a_picture_has_a_name_that_ends_in_png(tmp_path):
             plots.try_path(os.path.join(tmp_path, name) if name else "")
     plots.try_path(str(tmp_path / "new" / "picture.PNG"))
     assert sorted(os.listdir(tmp_path)) == ["folder.png", "new"] and os.listdir(tmp_path / "new") == []
+
+
+def test_a_picture_of_matplotlib_is_written_anew_and_a_picture_of_another_program_is_not(tmp_path):
+    path, (figure, _) = tmp_path / "p.png", plots.plt.subplots()
+    plots.save_figure(figure, str(path))
+    plots.try_path(str(path))  # as if nothing were there
+    for content in (picture(), b"no picture", b""):
+        path.write_bytes(content)
+        for refuse in (lambda: plots.try_path(str(path)), lambda: toy2d.main(["--out", str(path)])):
+            with pytest.raises((UserError, SystemExit), match=f"^{path} exists, and this program did not write it: give another name.$"):
+                refuse()
+        assert path.read_bytes() == content and os.listdir(tmp_path) == ["p.png"]
+
+
+def picture():
+    """The bytes of a PNG file that Pillow wrote."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "png")
+    return file.getvalue()

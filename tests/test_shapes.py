@@ -1,5 +1,6 @@
 """shapes.py and its studies: the training from scratch, and the experiment in small."""
 
+import argparse
 import itertools
 import json
 import os
@@ -179,6 +180,19 @@ def test_a_reference_that_is_made_again_leaves_its_users_files(reference, monkey
     with open("weights/card.md") as file:
         assert file.read() == "mine"
     os.remove("weights/card.md")
+
+
+@pytest.mark.parametrize("name", ["vae.pt", "net.pt"])
+def test_a_damaged_state_of_a_training_is_to_be_deleted(name, reference, tmp_path, monkeypatch):
+    path = os.path.join(shutil.copytree(reference, tmp_path / "copy"), name)
+    for key, value in dict(IMAGES=64, AUTOENCODER_UPDATES=2).items():
+        monkeypatch.setattr(shapes_reference, key, value)
+    for damage in (lambda: os.truncate(path, os.path.getsize(path) // 2), lambda: os.truncate(path, 0),
+                   lambda: torch.save(argparse.Namespace(a=1), path), lambda: torch.save([1, [dict(a=torch.zeros(2))] * 3], path)):
+        damage()
+        with pytest.raises(SystemExit, match=rf"^{path} cannot be read \(.*\): delete it, and its training begins anew.\Z") as stop:
+            shapes_reference.main([str(tmp_path / "copy"), "--updates", "2"])
+        assert "trust" not in str(stop.value)  # as torch's own text says
 
 
 def test_a_command_is_printed_as_a_shell_would_read_it(monkeypatch, capsys):
