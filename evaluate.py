@@ -11,7 +11,6 @@ means, 95 % intervals and paired differences. The same command goes on after a s
 """
 
 import argparse
-import functools
 import json
 import os
 import shlex
@@ -32,7 +31,6 @@ from lib.parts import replace_unet
 from lib.processes import at_least, barrier, holding, place, processes, program
 from lib.prompts import read_prompts
 
-load_hps_21 = functools.partial(preference.load_hps, weights=preference.HPS_21)
 BENCHMARKS = {  # images, the list of them, {file in scores/: (groups that it judges or None for all, loader, weights)}
     "geneval": (2212, geneval.items, {"geneval": (None, geneval.load, f"{geneval.DETECTOR} {geneval.CLIP}")}),
     "compbench": (18000, compbench.items, {
@@ -40,8 +38,9 @@ BENCHMARKS = {  # images, the list of them, {file in scores/: (groups that it ju
         "clipscore": (("non_spatial", "complex"), preference.load_clipscore, preference.CLIP_B),
         "owl": (("spatial", "complex"), compbench.load_owl, compbench.OWL)}),
     "coco": (30000, fid.items, {"coco": (None, fid.load, "inception-v3-compat")}),
-    "hps": (3200, preference.items_hps, {"hps": (None, preference.load_hps, preference.HPS),
-                                         "hps21": (None, load_hps_21, preference.HPS_21)}),
+    "hps": (3200, preference.items_hps, {
+        "hps": (None, preference.load_hps, preference.HPS),
+        "hps21": (None, lambda *place: preference.load_hps(*place, preference.HPS_21), preference.HPS_21)}),
     "pick": (1632, preference.items_pick, {"pick": (None, preference.load_pick, preference.PICK)}),
     "geneval2": (800, geneval2.items, {"geneval2": (None, geneval2.load, geneval2.JUDGE)}),
     "shapes": (400, shapes.items, {"shapes": (None, shapes.load, "rules")})}

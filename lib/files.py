@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ class UserError(ValueError):
 
 
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
-           zipfile.BadZipFile, csv.Error, SafetensorError, ImportError)  # raised by damaged files and missing packages
+           zipfile.BadZipFile, struct.error, csv.Error, SafetensorError, ImportError)  # of damaged files, missing packages
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def reading(what, advice):
         yield
     except UserError:
         raise
-    except pickle.UnpicklingError:  # torch's own text advises to run what is in the file
+    except (pickle.UnpicklingError, struct.error):  # torch's own text advises to run what is in the file
         raise UserError(f"{what} cannot be read (it is damaged, or holds more than weights): {advice}") from None
     except DAMAGED as error:
         lines = [line for line in map(str.strip, str(error).splitlines()) if line and not line.endswith(":")]

@@ -137,7 +137,7 @@ def test_bad_json_is_named_by_file_and_line(tmp_path):
 
 def test_a_file_that_holds_more_than_weights_is_damaged_and_is_not_to_be_run(tmp_path):
     path = tmp_path / "net.pt"
-    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2)), lambda _, path: path.write_text("<html>")):
+    for write in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2)), lambda _, path: path.write_text("<html>"), lambda _, path: path.write_text("junk")):
         write(argparse.Namespace(a=1), path)
         with pytest.raises(UserError) as stop, reading(path, "delete it."):
             torch.load(path, weights_only=True)
