@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
-           zipfile.BadZipFile, struct.error, csv.Error, SafetensorError, ImportError)  # of damaged files, missing packages
+           zipfile.BadZipFile, struct.error, csv.Error, SafetensorError, ImportError)  # where files are damaged
 
 
 @contextlib.contextmanager
