@@ -121,7 +121,7 @@ def save_image(image, path):
         large = os.path.join(os.path.dirname(folder), "im512", name)
         save_image(image, large)
         image = Image.open(large).resize((256, 256))
-    write_file(path, lambda file: image.save(file, "PNG" if path.endswith(".png") else "JPEG", compress_level=1))
+    write_file(path, lambda partial: image.save(partial, "PNG" if path.endswith(".png") else "JPEG", compress_level=1))
 
 
 # ---- score

@@ -38,16 +38,16 @@ def reading(what, advice):
 
 
 def write_file(path, content):
-    """Writes text, bytes or what content(file) writes: whole or not at all, with its folder. A link stays a link."""
+    """Writes text, bytes or what content(path) writes: whole or not at all, with its folder. A link stays a link."""
     path = os.path.realpath(path) if os.path.islink(path) else path
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        with open(path + ".partial", "wb") as file:
-            if callable(content):
-                content(file)
-            else:
+        if callable(content):
+            content(path + ".partial")
+        else:
+            with open(path + ".partial", "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
+        with open(path + ".partial", "rb") as file:
             os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
         os.replace(path + ".partial", path)
     except (OSError, RuntimeError) as error:  # of a full disk (torch: RuntimeError), without the file's name

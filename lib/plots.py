@@ -77,7 +77,7 @@ def markdown_table(head, rows):
 
 def save_figure(figure, path):
     """Writes a PNG file, whole or not at all, and makes its folder if there is none."""
-    write_file(path, lambda file: figure.savefig(file, dpi=200, format="png"))
+    write_file(path, lambda partial: figure.savefig(partial, dpi=200, format="png"))
     plt.close(figure)
     print(f"wrote {path}")
 

@@ -103,7 +103,7 @@ def save_checkpoint(run, update):
     path = os.path.join(run.args.out, f"checkpoint-{update:06d}.pt")
     state = dict(identity=run.identity, update=update, net=trained_state(run.model.net), optimizer=optimizer,
                  scaler=run.scaler.state_dict())
-    files.write_file(path, lambda file: torch.save(state, file))
+    files.write_file(path, lambda partial: torch.save(state, partial))
     ours = [old for old in checkpoints(run.args.out) if read_checkpoint(old).get("identity") == run.identity]
     for old in ours[2:]:
         os.remove(old)

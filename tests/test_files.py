@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,11 +107,13 @@ def test_a_file_appears_whole_or_not_at_all_and_with_its_folder(tmp_path):
     with pytest.raises(TypeError):
         write_file(str(path), 5)
     assert path.read_bytes() == "ä".encode()
+    write_file(str(path), lambda partial: Path(partial).write_bytes(b"b"))  # a name, not an open file: torch would
+    assert path.read_bytes() == b"b" and os.listdir(path.parent) == ["file"]  # write through Python, and lose a Ctrl-C in it
 
 
 def test_a_full_disk_leaves_the_state_that_was_there_and_no_half_of_another(tmp_path, monkeypatch):
     path = str(tmp_path / "state.pt")
-    write_file(path, lambda file: torch.save(dict(update=1), file))
+    write_file(path, lambda partial: torch.save(dict(update=1), partial))
     real = torch.save
 
     def save(state, partial):
@@ -120,7 +123,7 @@ def test_a_full_disk_leaves_the_state_that_was_there_and_no_half_of_another(tmp_
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         with pytest.raises(OSError, match="the disk may be full: '.*state.pt'"):
-            write_file(path, lambda file: torch.save(dict(update=2), file))
+            write_file(path, lambda partial: torch.save(dict(update=2), partial))
     assert torch.load(path) == dict(update=1) and os.listdir(tmp_path) == ["state.pt"]
 
 
