@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import launch
 import numpy as np
@@ -962,7 +963,7 @@ def test_two_writers_and_a_lack_of_memory_end_in_one_sentence(world, sd, monkeyp
         generate(world, sd, "run", "--bench", "pick")
 
     def write(image, file, *arguments, **kinds):
-        file.write(b"half an image")
+        Path(file).write_bytes(b"half an image")
         raise OSError(28, "No space left on device", "x.jpg")
     monkeypatch.undo()
     set_count(monkeypatch, "pick", 4)
