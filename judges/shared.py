@@ -87,9 +87,8 @@ def read_scores(run, name, origin):
                 raise ValueError(f"{key} cannot be {row[key]}")
     note, again = os.path.join(folder, "settings.json"), f"delete {folder}*, so that all is judged again."
     with reading(note, again), open(note, encoding="utf-8") as file:
-        what = difference(json.load(file), origin)
-    if what:
-        raise UserError(f"{folder} was begun with {what}: {again}")
+        if what := difference(json.load(file), origin):
+            raise UserError(f"{folder} was begun with {what}: {again}")
     return rows
 
 

@@ -142,9 +142,11 @@ def stored_dtype(folder, part, variant=None):
 def put_adapter(model, net, folder, name, flag=""):
     """Gives a network of a model the LoRA adapter in a folder, in any format that diffusers converts, under a name.
     Raises UserError unless all of its tensors are used and change something."""
-    prefix = f"{model.net_name}."
+    prefix, path = f"{model.net_name}.", os.path.join(folder, LORA)
     advice = "it is no adapter for this model (or a pointer of git-lfs: git lfs pull)."
-    with reading(f"{flag}{folder}", advice), warnings.catch_warnings(action="ignore"):
+    with reading(f"{flag}{folder}", advice), warnings.catch_warnings(action="ignore"), safe_open(path, "pt") as file:
+        if any("dora_scale" in key for key in file.keys()):  # diffusers would leave them out in silence
+            raise ValueError("it is a DoRA, with dora_scale")
         weights, *alphas, metadata = type(model.pipe).lora_state_dict(
             folder, weight_name=LORA, use_safetensors=True, unet_config=net.config, return_lora_metadata=True)
         layers, keys = dict(net.named_modules()), [key for key in weights if not key.endswith("alpha")]
@@ -159,8 +161,8 @@ def put_adapter(model, net, folder, name, flag=""):
             unused = [key for key in keys if key.removeprefix(prefix) not in used] if len(used) != len(keys) else []
         if unused or not keys:
             raise ValueError(f"{len(unused)} of its {len(keys)} tensors are for no layer: {', '.join(unused[:3])}")
-        if not any(x.any() for key, x in used.items() if ".lora_B." in key):
-            raise ValueError("all of its lora_B are 0, so that it changes nothing")
+        if not 0 < sum(x.norm().item() for key, x in used.items() if ".lora_B." in key) < float("inf"):
+            raise ValueError("its lora_B are all 0, so that it changes nothing, or not finite")
 
 
 def replace_unet(model, name):

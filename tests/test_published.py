@@ -375,7 +375,9 @@ def adapter(sd, tmp_path):
     (lambda w: {}, "0 of its 0 tensors are for no layer|cannot be read"),
     *[(lambda w, half=half: {name: x for name, x in w.items() if not name.endswith(f"0.attn1.to_q.lora_{half}.weight")},
        "some of its layers have not both a lora_A and a lora_B") for half in "AB"],
-    (lambda w: {name: 0 * x if "lora_B" in name else x for name, x in w.items()}, "all of its lora_B are 0, so that it changes nothing"),
+    (lambda w: {name: 0 * x if "lora_B" in name else x for name, x in w.items()}, "its lora_B are all 0, so that it changes nothing"),
+    (lambda w: {name: x * float("nan") if name.endswith("0.attn1.to_q.lora_B.weight") else x for name, x in w.items()}, "or not finite"),
+    (lambda w: {name.replace("lora_A.weight", "dora_scale"): torch.ones(1, 1) for name in w if "lora_A" in name} | w, "it is a DoRA"),
     (lambda w: {name: x[:, 1:] if name.endswith("0.attn1.to_q.lora_A.weight") else x for name, x in w.items()},
      r"size mismatch for .*attn1.to_q.lora_A.* torch.Size\(\[2, 15\]\).* torch.Size\(\[2, 16\]\)"),
     (lambda w: w | {"text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32),
@@ -421,16 +423,18 @@ def test_an_adapter_in_kohyas_format_is_the_same_as_a_policy_and_as_a_model(sd, 
 def test_what_the_hub_says_becomes_a_sentence_and_a_variant_alone_is_fetched(published, only_half, tmp_path):
     folders = {"owner/sd": published["sd"], "owner/half": only_half, "owner/gated": published["sd"]}
     with hub.Hub(folders, gated=["owner/gated"]) as server:
-        code = ("import sys; from lib import models\nfor name in sys.argv[1:]:\n    try:\n        print(name, models.load(name).stored)\n"
-                "    except models.UserError as error:\n        print(error)")
+        code = ("import sys; from lib import models, parts\nfor name in sys.argv[1:]:\n    try:\n        print(name, (model := models.load(name)).stored)\n"
+                "    except models.UserError as error:\n        print(error)\n"
+                "try:\n    parts.replace_unet(model, 'owner/gated')\nexcept models.UserError as error:\n    print(error)")
         names = ["owner/sd", "owner/half", "owner/half@fp16", "owner/gated", "owner/typo"]
         done = subprocess.run([sys.executable, "-c", code, *names], env=server.environment(tmp_path / "cache"), text=True, capture_output=True)
     said = done.stdout.splitlines()
-    assert len(said) == 5, done.stderr
+    assert len(said) == 6, done.stderr
     assert said[0] == "owner/sd F32" and said[2] == "owner/half@fp16 F16"
     assert said[1].endswith("it has only weights of the variant fp16: give owner/half@fp16.")
     assert "the hub says: Cannot access gated repo for url" in said[3] and "restricted model needs hf auth login" in said[3]
     assert "and no diffusers folder: the hub says: Repository Not Found for url" in said[4] and "needs hf auth login" in said[4]
+    assert said[5].startswith("--unet owner/gated cannot be read (Cannot access gated repo for url")
     assert "unet/diffusion_pytorch_model.non_ema.safetensors" not in server.sent
     assert server.sent.count("unet/diffusion_pytorch_model.fp16.safetensors") == 1
 
