@@ -18,6 +18,7 @@ Out: .jsonl, a line a pair: id, c, c_minus, strategy, perturb_seed (and llm).
 
 import argparse
 import collections
+import functools
 import json
 import math
 import os
@@ -100,22 +101,20 @@ def rewrite(rows, ask, read, attempts, seed, batch_size, bar):
 
 def rewrite_all(args, instruction, how, prompts):
     """What `rewrite` makes of [(id, c)], by all processes, part by part in the folder OUT.parts."""
-    folder, made, told = args.out + ".parts", {}, f" {' '.join(words_of(instruction))} "
-    alignment = args.strategy == "llama-alignment"
+    folder, made = args.out + ".parts", {}
+    read = functools.partial(read_answer, told=f" {' '.join(words_of(instruction))} ",
+                             alignment=args.strategy == "llama-alignment", seed=args.seed)
     parts = {os.path.join(folder, f"part-{start // PART:05d}.jsonl"): prompts[start:start + PART]
              for start in range(0, len(prompts), PART)}
 
-    def read(answer, c):
-        return read_answer(answer, c, told, alignment, args.seed)
-
     with processes(folder) as (rank, world, device):
-        if rank == 0:
+        todo = {path: k for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)}
+        ask = load_llm(args.llm, instruction, device) if todo else None
+        if rank == 0:  # not before: a chat model that cannot be loaded begins nothing
             same_settings(os.path.join(folder, "settings.json"), how | dict(
                 batch_size=args.batch_size, attempts=args.attempts, part=PART,
                 prompts=text_checksum(json.dumps([instruction, prompts]))))
         barrier()
-        todo = {path: k for k, path in enumerate(parts) if k % world == rank and not os.path.exists(path)}
-        ask = load_llm(args.llm, instruction, device) if todo else None
         with tqdm(desc="rewrite", total=sum(len(parts[path]) for path in todo), disable=rank > 0) as bar:
             for path, k in todo.items():
                 made[path] = rewrite(parts[path], ask, read, args.attempts, f"{args.seed} {k}", args.batch_size, bar)
@@ -149,7 +148,7 @@ def main(argv=None):
         write_file(args.out + ".rejected.jsonl", to_lines(rejected))
     if rejected:
         reasons = collections.Counter(row["reason"] for row in rejected).most_common()
-        print(f"rejected {count(rejected, 'prompt')}, after {args.attempts} unusable answers to each: "
+        print(f"rejected {count(rejected, 'prompt')}, without a usable answer in up to {args.attempts} attempts: "
               f"{args.out}.rejected.jsonl\nlast reasons: " + ", ".join(f"{reason} ({n})" for reason, n in reasons))
     if not good:
         raise UserError(f"{args.llm} gave no usable answer; {args.out} was not written.")

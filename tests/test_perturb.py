@@ -513,7 +513,7 @@ def test_rewritten_prompts_and_rejected_ones_together_are_all_prompts(llm, capsy
     assert all(list(row)[:4] == ["id", "c", "answer", "reason"] and row["answer"] == "no" for row in rejected)
     assert len(good) + len(rejected) == 15 and len(rejected) >= 1
     said = capsys.readouterr().out
-    assert f"rejected {len(rejected)} prompts, after 2 unusable answers to each: out.jsonl.rejected.jsonl\n" in said
+    assert f"rejected {len(rejected)} prompts, without a usable answer in up to 2 attempts: out.jsonl.rejected.jsonl\n" in said
     ids = [row["id"] for row in good + rejected]
     assert len(set(ids)) == 15 and all(row["id"] == f"{int(row['c'].split()[1]) + 1:06d}" for row in good + rejected)
     assert [row["id"] for row in good] == sorted(row["id"] for row in good)
@@ -703,6 +703,9 @@ def test_the_nonsense_of_a_random_llama_is_all_rejected(tmp_path, monkeypatch):
     assert [(row["id"], row["c"], row["reason"]) for row in rows_of("out.jsonl.rejected.jsonl")] == [
         ("000001", "a red fox", "not JSON"), ("000003", "horse", "not JSON")]
     assert sorted(os.listdir()) == ["llama", "out.jsonl.parts", "out.jsonl.rejected.jsonl", "p.txt"]
+    with pytest.raises(SystemExit, match="^--llm lama cannot be read"):
+        perturb.main(["p.txt", "typo.jsonl", "--strategy", "llama-alignment", "--llm", "lama", "--attempts", "1"])
+    assert not os.path.exists("typo.jsonl.parts")  # so that the right name can be given next
     make_llama("plain", None)
     with pytest.raises(SystemExit, match="--llm plain has no chat template"):
         perturb.main(["p.txt", "plain.jsonl", "--strategy", "llama-alignment", "--llm", "plain"])
