@@ -631,6 +631,15 @@ def test_a_full_disk_is_one_sentence_and_what_was_written_stays(llm):
     assert llm("out.jsonl") == expected
 
 
+def test_a_rewritten_prompt_needs_a_content_word_of_c_for_alignment_and_not_for_aesthetics(llm, monkeypatch):
+    monkeypatch.setattr(perturb, "load_llm", lambda *_: lambda prompts, seed: ['{"prompt": "an animal"}'] * len(prompts))
+    llm("aesthetic.jsonl")
+    assert len(rows_of("aesthetic.jsonl")) == 20 and not rows_of("aesthetic.jsonl.rejected.jsonl")
+    with pytest.raises(SystemExit, match="^tiny gave no usable answer"):
+        llm("alignment.jsonl", "--strategy", "llama-alignment")
+    assert {row["reason"] for row in rows_of("alignment.jsonl.rejected.jsonl")} == {"no content word of c"}
+
+
 def test_parts_that_were_begun_otherwise_are_refused_and_stay(llm):
     def stopped():
         write_file = perturb.write_file
