@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import pathlib
 import pickle
 import re
 import struct
@@ -127,10 +128,8 @@ def stop_if_foreign(path):
 
 def stop_if_not_ours(path, mark):
     """Raises UserError if there is a file without the mark that a program puts into what it writes there."""
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            if mark not in file.read():
-                raise UserError(f"{path} exists, and this program did not write it: give another name.")
+    if os.path.exists(path) and mark not in pathlib.Path(path).read_bytes():
+        raise UserError(f"{path} exists, and this program did not write it: give another name.")
 
 
 def same_settings(path, settings, notes=()):

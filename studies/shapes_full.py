@@ -4,7 +4,7 @@
     python -m studies.shapes_full --parts controls     one part, or several
 
     settings    the search for each method's settings and best guidance, on a seed that is not reported
-    methods     the methods of Tables 1a and 3b and the two distilled controls, each with its curve over guidance
+    methods     the methods of Tables 1a and 3b and distilled controls, the main ones with their curves over guidance
     controls    the reference with c_minus as negative prompt
     length      D-DPO and DDSPO after 20 to 640 updates
     variants    other pairs, for D-DPO and DDSPO: fewer, losers from other noise, c_minus that lost little or much
@@ -36,7 +36,8 @@ from shapes import GUIDANCE, make_store, perturbed, score_model, scores, tune, w
 METHODS = shapes.METHODS | {
     "Rand-positive": shapes.METHODS["DDSPO"] | {"--negatives": "rand-positive"},  # Table 3b: DDSPO without made losers
     "Not-paired": shapes.METHODS["DDSPO"] | {"--negatives": "not-paired"},
-    "Distilled, no prompt": {"--objective": "distill", "--scale": 2, "--lr": 1e-4}}  # plain guidance: c_minus is empty
+    "Distilled, no prompt": {"--objective": "distill", "--scale": 2, "--lr": 1e-4},  # plain guidance: c_minus is empty
+    "Distilled, no pairs": {"--objective": "distill", "--scale": 2, "--lr": 1e-4, "--negatives": "not-paired"}}  # winners
 GRID, RATES = {"--beta": (250, 1000, 4000), "--scale": (1.5, 2, 3)}, (1e-5, 3e-5, 1e-4)  # of `settings`
 GRID_SEED, SEEDS, FULL_PAIRS = 100, (0, 1, 2), 1024
 CURVE = (1, 1.5, 2, 3, 4, 5, 7.5, 10)
@@ -54,7 +55,7 @@ def stores_of(home, seed):
     """{method: its pair store}: all have the same pairs, but in one each c_minus is empty."""
     whole = make_store(home, perturbed(home, seed, FULL_PAIRS), seed)
     without = select(f"{home}/pairs without c_minus", whole, whole, range(FULL_PAIRS), c_minus="")
-    return dict.fromkeys(METHODS, whole) | {"Distilled, no prompt": without}
+    return dict.fromkeys(METHODS, whole) | dict.fromkeys(("Distilled, no prompt", "Distilled, no pairs"), without)
 
 
 def other_stores(home, seed):

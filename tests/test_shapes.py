@@ -329,7 +329,7 @@ def test_the_full_experiment_compares_every_method_control_length_and_variant_on
     variants = ["9 pairs", "20% removed", "55% removed", "100% removed", "4 pairs", "4 pairs, losers of other noise",
                 "9 pairs, losers of other noise", "c_minus lost least", "c_minus lost more", "c_minus lost most"]
     for seed in (0, 1):
-        expected = {("pairs without c_minus" if "no prompt" in method else "pairs", method, None, seed) for method in full.METHODS}
+        expected = {("pairs without c_minus" if "Distilled, no" in method else "pairs", method, None, seed) for method in full.METHODS}
         expected |= {("pairs", f"{method}, {updates} updates", updates, seed) for method in ("D-DPO", "DDSPO") for updates in full.LENGTHS}
         expected |= {("pairs" if name == "9 pairs" else f"{name}/pairs", f"{method}, {name}", None, seed)
                      for name in variants for method in ("D-DPO", "DDSPO")}
