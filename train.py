@@ -5,9 +5,9 @@
     torchrun train.py --model sd14 --objective diffusion-dpo         the baseline, on the same pairs
     torchrun train.py --model sd14 --winner runs/w/lora --loser runs/l/lora     Eq. 6, with two trained policies
 
-The same command continues a stopped run exactly, from its newest checkpoint. --batch-size is the number of pairs per
-update and --lr the final learning rate, on any number of GPUs. --micro-batch, the pairs that a GPU holds at once,
-changes memory and speed, and the result by no more than rounding. lib/runs.py says what a run keeps in --out.
+The same command continues a stopped run from its newest checkpoint: on one CPU thread to the same bits. --batch-size is
+the number of pairs per update and --lr the final learning rate, on any number of GPUs. --micro-batch, the pairs that a
+GPU holds at once, changes memory and speed, and the result by rounding. lib/runs.py says what a run keeps in --out.
 """
 
 import argparse
@@ -227,7 +227,7 @@ def make_policies(args, model):
         adapters.add_lora(net, args.lora_rank)
         policies, base = dict(theta=net, ref=adapters.with_adapter(net)), net
     else:
-        base = copy.deepcopy(net).requires_grad_(False) if args.objective != "sft" else None
+        base = copy.deepcopy(net).requires_grad_(False) if args.objective != "sft" or args.preview else None
         policies = dict(theta=net.requires_grad_(True), ref=base)
     for role, path in dict(winner=args.winner, loser=args.loser).items():
         if path:
@@ -335,14 +335,14 @@ def parse(argv):
     add("--loser", help="Eq. 6: the losing policy")
     add("--negatives", choices=["generated", "rand-positive", "not-paired"], default="generated",
         help="Table 3b: x_0_l made from c_minus; or another prompt's winner, with that prompt or c_minus as c_minus")
-    add("--beta", type=at_least(1e-6, float, 1e6), help="this and the next six: see EXPERIMENTS in lib/settings.py")
+    add("--beta", type=at_least(1e-6, float, 1e6), help="this and the next five: see EXPERIMENTS in lib/settings.py")
     add("--scale", type=at_least(1, float, 100), help="of --objective distill: the guidance scale")
     add("--lr", type=at_least(1e-12, float, 0.1), help="final learning rate")  # the bounds are guesses, as beta's are
     add("--updates", type=at_least(1))
     add("--warmup", type=at_least(0), help="updates of linear warm-up")
     add("--batch-size", type=at_least(1), help="pairs per update over all GPUs")
     add("--lora-rank", type=at_least(0), help="0: all weights (default: 128 for SANA and SD3, else 0)")
-    add("--micro-batch", type=at_least(1), help="pairs on a GPU at once (default: what 24 GB hold)")
+    add("--micro-batch", type=at_least(1), help="pairs on a GPU at once (default: what 24 GB hold, or 1)")
     add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], help="default: fp32; on a GPU fp16, or a model's bf16")
     add("--checkpointing", action="store_true", help="less memory for a quarter more arithmetic")
     add("--compile", action="store_true", help="torch.compile the networks, on a GPU")

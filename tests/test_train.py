@@ -875,11 +875,16 @@ def test_the_law_of_the_learning_rate_holds_where_it_is_said_to():
 # ---- what the user sees
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_previews_show_the_reference_beside_the_student(rank, sd, pairs, tmp_path, monkeypatch):
-    drawn, straight = {}, run(sd, pairs, tmp_path / "without", "--updates", 4, "--lora-rank", rank)
+@pytest.mark.parametrize("rank, objective", [(0, "ddspo"), (2, "ddspo"), (0, "sft"), (0, "distill")])
+def test_previews_show_the_reference_beside_the_student(rank, objective, sd, pairs, tmp_path, monkeypatch):
+    flags = ["--model", sd, "--pairs", pairs, "--objective", objective, "--batch-size", 4, "--warmup", 0, "--lr", 1e-3, "--updates", 4, "--lora-rank", rank]
+    flags += dict(ddspo=["--beta", 500], sft=["--side", "w"], distill=["--scale", 2])[objective]
+    result = f"{'lora/pytorch_lora_weights' if rank else 'pipeline/unet/diffusion_pytorch_model'}.safetensors"
+    drawn = {}
     monkeypatch.setattr(plots, "draw_grid", lambda prompts, columns, path: drawn.update({path: (prompts, columns)}))
-    assert same(run(sd, pairs, tmp_path / "run", "--updates", 4, "--preview", 2, "--lora-rank", rank), straight)  # it changes nothing
+    for out, more in (("without", []), ("run", ["--preview", 2])):
+        train.main([*map(str, flags), "--out", str(tmp_path / out), *map(str, more)])
+    assert same(*[load_file(tmp_path / out / result) for out in ("without", "run")])  # it changes nothing
     (prompts, two), (_, four) = (drawn[str(tmp_path / "run" / f"preview-{n:06d}.png")] for n in (2, 4))
     assert len(drawn) == 2 and prompts == [f"a {x} on a hill" for x in ("red fox", "blue cup", "old boat", "green hat")]
     (ref, before), (theta, after) = two
