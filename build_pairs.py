@@ -166,7 +166,7 @@ def parse(argv):
     add("--skip-bad", action="store_true", help="leave out pairs of bad or equal images, or of non-finite latents")
     add("--negatives", choices=["generated", "none"], default="generated", help="none: winners only, at half the cost")
     add("--steps", type=at_least(1, high=1000), help="of sampling (default, from scripts: 25, SANA 20)")
-    add("--guidance", type=at_least(0, float, 100), help="default, from scripts: 7.5, SDXL and SD3 5, SANA 4.5")
+    add("--guidance", type=at_least(0, float, 100), help="default, by scripts: 7.5, SDXL and SD3 5, SANA 4.5; shapes 3")
     add("--batch-size", type=at_least(1), default=16, help="pairs sampled at once (default: 16, guess)")
     add("--shard-size", type=at_least(1), default=128, help="pairs in a file (default: 128, guess)")
     add("--seed", type=at_least(0), default=0, help="x_T of pair i comes from seed + i (default: 0)")

@@ -37,7 +37,7 @@ METHODS = shapes.METHODS | {
     "Rand-positive": shapes.METHODS["DDSPO"] | {"--negatives": "rand-positive"},  # Table 3b: DDSPO without made losers
     "Not-paired": shapes.METHODS["DDSPO"] | {"--negatives": "not-paired"},
     "Distilled, no prompt": {"--objective": "distill", "--scale": 2, "--lr": 1e-4},  # plain guidance: c_minus is empty
-    "Distilled, no pairs": {"--objective": "distill", "--scale": 2, "--lr": 1e-4, "--negatives": "not-paired"}}  # winners
+    "Distilled, no pairs": {"--objective": "distill", "--scale": 2, "--lr": 1e-4, "--negatives": "not-paired"}}
 GRID, RATES = {"--beta": (250, 1000, 4000), "--scale": (1.5, 2, 3)}, (1e-5, 3e-5, 1e-4)  # of `settings`
 GRID_SEED, SEEDS, FULL_PAIRS = 100, (0, 1, 2), 1024
 CURVE = (1, 1.5, 2, 3, 4, 5, 7.5, 10)

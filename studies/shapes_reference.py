@@ -1,6 +1,6 @@
 """How weights/shapes was trained: a StableDiffusionPipeline of the world of lib/shapes_world.py, from scratch.
 
-    python -m studies.shapes_reference              makes the same in runs/shapes-reference: three hours of one core
+    python -m studies.shapes_reference              makes the same in runs/shapes-reference: 156 minutes of one core
     python -m studies.shapes_reference FOLDER --updates 1000
 
 First the autoencoder, then the U-Net and the text encoder together, on captions of which many are wrong, as on the web:

@@ -34,7 +34,7 @@ PYTHON
 }
 
 case $part in
-a)  # the step beside the plain one, eager and compiled; then a steady minute of each
+a)  # the step beside the plain one: eager, then compiled, with a steady minute for each arm
     python tests/bench.py --model $unet --micro-batch 24 $flags
     python tests/bench.py --model $unet --micro-batch 24 $flags $compile --seconds $steady
     ;;
