@@ -116,7 +116,7 @@ def begin_store(args, out, rows, model, how):
                     latents=list(model.latent_shape), scale=model.latent_scale, pairs=len(rows),
                     dtype=str(model.dtype).removeprefix("torch."), shard_size=args.shard_size, **how)
     text = to_lines(row | dict(shard=i // args.shard_size, row=i % args.shard_size) for i, row in enumerate(rows))
-    notes = dict(model=args.model, table=text_checksum(text),
+    notes = dict(model=models.full_name(args.model), table=text_checksum(text),
                  versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
     begun = read_meta(out) if os.path.exists(meta) else notes
     same_settings(meta, settings, notes)
@@ -165,9 +165,9 @@ def parse(argv):
     add("--from-images", metavar="PATH", help="in place of --prompts: Pick-a-Pic, or metadata.jsonl: c, winner, loser")
     add("--skip-bad", action="store_true", help="leave out pairs of bad or equal images, or of non-finite latents")
     add("--negatives", choices=["generated", "none"], default="generated", help="none: winners only, at half the cost")
-    add("--steps", type=at_least(1, high=1000), help="of sampling (default, from scripts: 25, SANA 20)")
+    add("--steps", type=at_least(1, high=500), help="of sampling (default, from scripts: 25, SANA 20)")
     add("--guidance", type=at_least(0, float, 100), help="default, by scripts: 7.5, SDXL and SD3 5, SANA 4.5; shapes 3")
-    add("--batch-size", type=at_least(1), default=16, help="pairs sampled at once (default: 16, guess)")
+    add("--batch-size", type=at_least(1), default=16, help="pairs sampled at once, of one shard (default: 16, guess)")
     add("--shard-size", type=at_least(1), default=128, help="pairs in a file (default: 128, guess)")
     add("--seed", type=at_least(0), default=0, help="x_T of pair i comes from seed + i (default: 0)")
     add("--compile", action="store_true", help="torch.compile the network")

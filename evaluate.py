@@ -149,7 +149,7 @@ def find_tasks(run, args):
     if there:
         shared.begin(run, {bench: list_images(bench, args.data) for bench in there}, shared.MADE_ELSEWHERE)
     settings = shared.read_settings(run)
-    for bench in args.bench or settings["lists"]:
+    for bench in dict.fromkeys(args.bench or settings["lists"]):
         if bench not in BENCHMARKS:
             raise UserError(f"{run}/settings.json names {bench}, which is no benchmark: take it out of the lists.")
         rows = list_images(bench, args.data)
@@ -235,7 +235,7 @@ def main(argv=None):
     make.add_argument("--unet", help="a U-Net published alone, in place of the model's: a hub id or folder")
     judge.add_argument("runs", nargs="+", help="folders that generate made")
     judge.add_argument("--batch-size", type=at_least(1), default=20, help="images judged at once (default: 20, guess)")
-    judge.add_argument("--foreign", action="store_true", help="the images were made elsewhere, in generate's layout")
+    judge.add_argument("--foreign", action="store_true", help="for images made elsewhere; delete scores/ for others")
     for sub, default, text in ((make, PAPERS, "the paper's"), (judge, None, "all that have images")):
         sub.add_argument("--bench", nargs="+", choices=BENCHMARKS, default=default, help=f"(default: {text})")
         sub.add_argument("--data", default="benchmarks", help="the folder of fetched lists (default: %(default)s)")
@@ -246,7 +246,7 @@ def main(argv=None):
     show.add_argument("--out", default="grid.png", help="(default: %(default)s)")
     show.add_argument("--rows", type=at_least(1), default=4, help="how many prompts, from the first on (default: 4)")
     for sub, size, seed in ((make, 20, 42), (show, 4, 0)):
-        sub.add_argument("--steps", type=at_least(1, high=1000), help="of sampling (default by scripts: 25, SANA 20)")
+        sub.add_argument("--steps", type=at_least(1, high=500), help="of sampling (default by scripts: 25, SANA 20)")
         sub.add_argument("--guidance", type=at_least(0, float, 100), help="(by scripts: 7.5, SDXL, SD3 5, SANA 4.5)")
         sub.add_argument("--batch-size", type=at_least(1), default=size, help=f"images at once (guess: {size})")
         sub.add_argument("--seed", type=at_least(0), default=seed, help=f"of image 0 (default {seed}; authors' 42)")

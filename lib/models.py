@@ -103,6 +103,8 @@ class Sana:
         self.pipe, self.net, self.device, self.dtype = pipe, pipe.transformer, device, pipe.transformer.dtype
         self.latent_shape = self.net.config.in_channels, *[self.net.config.sample_size] * 2
         self.num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+        encode = pipe.encode_prompt  # in the network's precision: CLIP's float16 and T5's bfloat16 give float32
+        pipe.encode_prompt = lambda *args, **more: [x if x is None else x.to(self.dtype) for x in encode(*args, **more)]
         kind, given = type(pipe.scheduler), pipe.scheduler.load_config(pipe.name_or_path, subfolder="scheduler")
         self.shift = given.get("shift" if "shift" in inspect.signature(kind).parameters else "flow_shift")
         flows = "FlowMatch" in kind.__name__ or given.get("use_flow_sigmas")
@@ -118,7 +120,7 @@ class Sana:
         instruction = inspect.signature(self.pipe.__call__).parameters["complex_human_instruction"].default
         embeds, mask, _, _ = self.pipe.encode_prompt(list(prompts), False, device=self.device,
                                                      complex_human_instruction=instruction)
-        return dict(prompt_embeds=embeds.to(self.dtype), prompt_attention_mask=mask.to(self.dtype))
+        return dict(prompt_embeds=embeds, prompt_attention_mask=mask)
 
     def sample_t(self, rng):
         return int(rng.random() * self.num_train_timesteps)
@@ -134,8 +136,7 @@ class Sana:
     def target(self, x_0, t, eps):
         return eps.float() - x_0.float()
 
-    def weight(self, t):
-        return torch.ones(len(t), device=t.device)
+    weight = StableDiffusion.weight
 
     def predict(self, net, x_t, t, c):
         time = self.sigma(t).flatten() * self.num_train_timesteps * self.net.config.timestep_scale
@@ -152,9 +153,8 @@ class SD3(Sana):
 
     @torch.no_grad()
     def encode(self, prompts):
-        embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, self.device,
-                                                       do_classifier_free_guidance=False)
-        return dict(prompt_embeds=embeds.to(self.dtype), pooled_prompt_embeds=pooled.to(self.dtype))
+        embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, self.device, 1, False)
+        return dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled)
 
     def sample_t(self, rng):
         """Logit-normal: the place of t in [0, T) is the sigmoid of a normal number (SD3's paper, and script)."""
@@ -212,10 +212,10 @@ def count_too_long(model, prompts):
 @torch.no_grad()
 def sample(model, prompts, x_T, steps, guidance, output_type="latent"):
     """x_T (B, channels, h, w) and B prompts -> x_0, latents as the network sees them; or images for "pil" and "np"."""
-    size = model.latent_shape[1] * model.pipe.vae_scale_factor
-    return model.pipe(list(prompts), latents=x_T.to(model.device, model.dtype), height=size, width=size,
-                      num_inference_steps=steps, guidance_scale=guidance, output_type=output_type,
-                      **model.sampling).images
+    size = dict.fromkeys(("height", "width"), model.latent_shape[1] * model.pipe.vae_scale_factor)
+    own = [torch.Generator().manual_seed(int(x.view(torch.int32).flatten()[0])) for x in x_T]  # some samplers add noise
+    return model.pipe(list(prompts), latents=x_T.to(model.device, model.dtype), generator=own, output_type=output_type,
+                      num_inference_steps=steps, guidance_scale=guidance, **size, **model.sampling).images
 
 
 @torch.no_grad()

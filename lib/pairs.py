@@ -114,13 +114,13 @@ def write_shards(folder, made):
 
 def inspect(folder):
     """Says what is in a store and draws four of its pairs as FOLDER.png. Raises UserError with all that is wrong."""
-    store, picture = PairStore(folder), os.path.normpath(folder) + ".png"
+    store, picture = PairStore(folder), os.path.abspath(folder) + ".png"
     plots.try_path(picture)
     print(json.dumps({key: value for key, value in store.meta.items() if key not in ("checksums", "table")}, indent=1))
     model = models.load(store.meta["model"])
-    same, misfits = models.same_tokens(model, store.rows), misfit(store.meta, model)
+    same = models.same_tokens(model, store.rows)
     problems = [f"pair {name}: c and c_minus are the same to the model" for name in same]
-    problems += [f"{folder}: {misfits}"] if misfits else []
+    problems += [f"{folder}: {what}"] if (what := misfit(store.meta, model)) else []
     for number in tqdm(range(len(store.meta["checksums"])), "check"):
         try:
             store.check_shard(number)

@@ -540,7 +540,7 @@ def test_a_store_goes_on_with_the_same_weights_only_whatever_their_folder_is_cal
     whole = read_folder(pairs)
     made = read_folder("store")
     assert {name: x for name, x in made.items() if name != "meta.json"} == {name: x for name, x in whole.items() if name != "meta.json"}
-    assert json.loads(made["meta.json"]) == json.loads(whole["meta.json"]) | dict(model="tiny-sd")
+    assert json.loads(made["meta.json"]) == json.loads(whole["meta.json"]) | dict(model=str(tmp_path / "tiny-sd"))
     assert json.loads(made["meta.json"])["weights"] == models.model_checksum(models.load("moved"))
 
 
@@ -751,9 +751,19 @@ def test_inspect_says_and_draws_what_is_in_a_store(sd, pairs, tmp_path, capsys, 
             expected = (model.pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
         ours = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2) / 255
         torch.testing.assert_close(ours, expected, rtol=0, atol=0.01)
+    monkeypatch.chdir(pairs)  # from any folder
+    build_pairs.main(["--inspect", "."])
+    assert list(drawn) == [pairs + ".png"]
     for arguments in (["--inspect", pairs, "--seed", "3"], []):
         with pytest.raises(SystemExit, match="give --model, or --inspect STORE and nothing else"):
             build_pairs.main(arguments)
+
+
+def test_a_store_names_its_models_folder_from_anywhere(sd, tmp_path, monkeypatch):
+    prompts = write_lines(tmp_path / "p.jsonl", [dict(id="1", c="a red fox", c_minus="fox")])
+    monkeypatch.chdir(os.path.dirname(sd))
+    build(os.path.basename(sd), tmp_path / "store", "--prompts", prompts, "--steps", 1)
+    assert PairStore(str(tmp_path / "store")).meta["model"] == os.path.abspath(sd)
 
 
 def test_inspect_tries_its_pictures_path_before_the_computing(copy, monkeypatch):

@@ -223,6 +223,9 @@ def test_other_settings_are_not_mixed_into_a_folder(world, sd):
     generate(world, str(world / "model"), "tuned", "--bench", "hps")
     tuned = json.loads((world / "tuned" / "settings.json").read_text())
     assert tuned["checksum"] != settings["checksum"] and tuned["base"] == "sdxl"
+    other.net.half().save_pretrained(world / "model" / "unet", variant="fp16")
+    generate(world, f"{world / 'model'}@fp16", "variant", "--bench", "hps")
+    assert json.loads((world / "variant" / "settings.json").read_text())["base"] == "sdxl"
     os.remove(world / "run" / "settings.json")
     with pytest.raises(SystemExit, match="run holds other files and no settings.json"):
         generate(world, sd, "run", "--bench", "pick", "--guidance", "9")
@@ -670,10 +673,16 @@ def test_scores_are_of_whole_benchmarks_and_of_the_images_that_are_there(world, 
 def test_a_benchmark_is_compared_where_both_runs_have_it(world, sd, judges):
     generate(world, sd, "a", "--bench", "pick", "hps")
     generate(world, sd, "b", "--bench", "pick", "--guidance", "3", "--steps", "2")
-    score(world, "a", "b", flags=["--bench", "pick"])
+    score(world, "a", "b", flags=["--bench", "pick", "pick"])
+    assert len((world / "a" / "scores" / "pick.jsonl").read_text().splitlines()) == 4
     evaluate.main(["table", str(world / "a"), str(world / "b"), "--out", str(world / "t.md")])
     text = (world / "t.md").read_text()
     assert f"| {world / 'b'} − {world / 'a'} |" in text and f"{world / 'a'}: not scored, or only in part: hps" in text
+    shutil.copytree(world / "a", world / "half")
+    score(world, "half", flags=["--bench", "hps"])
+    os.remove(world / "half" / "scores" / "hps21.jsonl")
+    evaluate.main(["table", str(world / "half"), "--out", str(world / "t.md")])
+    assert f"{world / 'half'}: not scored, or only in part: hps" in (world / "t.md").read_text()
     assert "b: " in text and "steps 2, guidance 3.0" in text and "steps 1, guidance 7.5" in text and "paper" not in text
     for name, change in (("c", 3.0), ("d", 0.0)):  # a constant difference has no spread: prompts are paired with themselves
         shutil.copytree(world / "a", world / name)
@@ -846,6 +855,10 @@ def test_several_processes_share_out_the_judges_and_lock_one_each(world, sd, jud
 
 def test_the_shapes_benchmark_needs_images_of_its_size(world, sd):
     generate(world, sd, "run", "--bench", "shapes")
+    first, *_ = evaluate.list_images("shapes", str(world / "data"))
+    Image.new("RGB", (32, 32)).save(world / "run" / first["path"])
+    settings = json.loads((world / "run" / "settings.json").read_text()) | dict(pixels="unknown")
+    (world / "run" / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit, match=r"shapes benchmark needs images of 32 x 32 pixels, not \(64, 64\)"):
         score(world, "run")
 
@@ -892,7 +905,7 @@ PROMPTS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "examples", "
     (["grid", "--prompts", __file__, "--out", "x.jpg"], "'x.jpg' must be the name of a picture to write, a file that ends in .png"),
     (["grid", "--prompts", PROMPTS, "--out", os.devnull + "/x.png"], "/dev/null is a file where a folder is needed"),
     (["grid", "--prompts", __file__], "test_evaluate.py: the prompts must be a .txt, .jsonl, .csv or .parquet file"),
-    (["grid", "--prompts", PROMPTS, "--steps", "1001"], "argument --steps: must be 1000 or less, not 1001"),
+    (["grid", "--prompts", PROMPTS, "--steps", "501"], "argument --steps: must be 500 or less, not 501"),
     (["grid", "--prompts", __file__, "--rows", "0"], "argument --rows: must be 1 or more, not 0"),
 ])
 def test_mistakes_in_a_grid_end_in_one_sentence(flags, message, sd, capsys):
@@ -934,7 +947,7 @@ def ends(capsys, message, command):
 
 @pytest.mark.parametrize("flags, message", [
     (["generate", "--model", "none", "--out", "x", "--steps", "0"], "argument --steps: must be 1 or more, not 0"),
-    (["generate", "--model", "none", "--out", "x", "--steps", "1001"], "argument --steps: must be 1000 or less, not 1001"),
+    (["generate", "--model", "none", "--out", "x", "--steps", "501"], "argument --steps: must be 500 or less, not 501"),
     (["generate", "--model", "none", "--out", "x", "--guidance", "-1"], "argument --guidance: must be 0 or more, not -1"),
     (["generate", "--model", "none", "--out", "x", "--guidance", "1e9"], "argument --guidance: must be 100 or less, not 1e9"),
     (["score", "x", "--batch-size", "0"], "argument --batch-size: must be 1 or more, not 0"), (["score", "x"], "x/settings.json cannot be read"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from lib import adapters, models, parts
@@ -206,6 +206,16 @@ def test_initial_noise_is_a_function_of_the_seed():
     assert abs(a.mean()) < 0.03 and abs(a.std() - 1) < 0.03 and abs((a * b).mean()) < 0.03
 
 
+def test_an_image_depends_on_its_x_T_alone_also_where_the_sampler_adds_noise(model):
+    if model.family not in ("sana", "sd3"):
+        model.pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(model.pipe.scheduler.config)
+    x_T = torch.stack([models.initial_noise(seed, model.latent_shape) for seed in (3, 4, 5)])
+    together = models.sample(model, ["a", "b", "c"], x_T, 3, 3.0)
+    torch.manual_seed(9)
+    for k, prompt in enumerate("abc"):
+        torch.testing.assert_close(models.sample(model, [prompt], x_T[k:k + 1], 3, 3.0)[0], together[k], rtol=1e-3, atol=1e-3)
+
+
 def test_prompts_are_the_same_to_the_model_where_it_encodes_them_the_same(model):
     """CLIP reads 77 tokens, two of them its own; T5 256; Gemma 300. A token of the tiny tokenizers is a letter."""
     pairs = [("a" * k + "y", "a" * k + "z") for k in (10, 74, 75, 100, 253, 254, 280, 299)]
@@ -351,6 +361,10 @@ def test_loaded_in_the_given_precision_but_for_what_float16_breaks_and_on_the_gi
             assert not isinstance(part, torch.nn.Module) or {p.dtype for p in part.parameters()} == {expected}, name
         assert one.dtype == one.net.dtype == (net_dtype or dtype)
     assert {x.dtype for x in one.encode(PROMPTS).values()} == {float32}  # what the network takes
+    x_T, images = torch.randn(2, *model.latent_shape), []  # and the pipeline, on a GPU
+    for dtype in (float32, float16):
+        images += [models.sample(models.load(model.folder, dtype=dtype), PROMPTS[:2], x_T, 2, 3.0, "np")]
+    assert np.abs(images[0] - images[1]).mean() < 0.02
     parts = models.load(model.folder, "meta").pipe.components.values()
     assert {p.device.type for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()} == {"meta"}
     for stored, name in ((bfloat16, "BF16"), (float16, "F16")):  # a model made in bfloat16 stays in it, whatever its path
