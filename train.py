@@ -187,11 +187,11 @@ def main(argv=None):
                 speed = args.batch_size / (time.perf_counter() - began)
                 row = runs.add_row(run, board, update, columns, lr=lr, grad_norm=norm, pairs_per_second=speed,
                                    loss_scale=run.scaler.get_scale())
-                bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if name in row})
-                if args.preview and update % args.preview == 0:
-                    preview(run, update)
+                bar.set_postfix({name: f"{row[name]:.4g}" for name in SHOWN if name in row})
                 if update % args.save_every == 0 or update == args.updates:
                     runs.save_checkpoint(run, update)
+                if args.preview and update % args.preview == 0:  # not before: it may need more memory than there is
+                    preview(run, update)
         bar.close()
         if rank == 0:
             runs.finish(run)
@@ -288,7 +288,7 @@ def preview(run, update):
             setattr(model.pipe, model.net_name, run.policies[name])
         with precision(run.device, "bf16" if run.precision == "fp16" else run.precision):  # T5 overflows in float16
             x_0 = models.sample(model, prompts, x_T, model.steps, model.guidance)
-        columns.append((title, models.decode(model, x_0)))  # not in half precision, in which SDXL's decoder overflows
+        columns.append((title, [models.decode(model, x[None])[0] for x in x_0]))  # in float32: half overflows in SDXL
     plots.draw_grid(prompts, columns, os.path.join(args.out, f"preview-{update:06d}.png"))
 
 
@@ -349,7 +349,7 @@ def parse(argv):
     add("--save-every", type=at_least(1), default=10, help="updates between checkpoints (default: 10, guess)")
     add("--preview", type=at_least(1), help="draw four prompts every so many updates")
     add("--tensorboard", action="store_true", help="also write the log for TensorBoard")
-    add("--seed", type=at_least(0), default=0, help="of the order of pairs, t and noise (default: 0)")
+    add("--seed", type=at_least(0, high=2**63), default=0, help="of the order of pairs, t and noise (default: 0)")
     args = with_defaults(parser.parse_args(argv))
     check(args)
     return args

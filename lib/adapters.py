@@ -40,7 +40,8 @@ def load_policy(path, role, base, model):
     adapter = os.path.join(path, LORA)
     if not os.path.isfile(adapter):
         other = load(path, text=False)
-        kinds = [(type(m.pipe).__name__, m.latent_shape, m.latent_scale, m.prediction_type) for m in (other, model)]
+        kinds = [(type(m.pipe).__name__, m.latent_shape, m.latent_scale, m.prediction_type,
+                  m.net_name == "unet" and m.net.config.cross_attention_dim) for m in (other, model)]
         if kinds[0] != kinds[1]:
             raise UserError(f"--{role} {path} is a model of another kind: {kinds[0]}, not {kinds[1]}.")
         return other.net.to(model.device).requires_grad_(False)

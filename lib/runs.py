@@ -51,7 +51,7 @@ def open_store(args, needs_c_minus):
                         f"--model {args.model} --prompts perturbed.jsonl --out {args.pairs}")
     store = PairStore(args.pairs)
     if args.negatives == "generated" and store.meta["negatives"] == "none":
-        raise UserError(f"{args.pairs} holds winners only: take --negatives rand-positive or not-paired.")
+        raise UserError(f"{args.pairs} holds winners only: take Eq. 7 with --negatives rand-positive or not-paired.")
     if args.negatives != "generated" and all(row["c"] == store.rows[0]["c"] for row in store.rows):
         raise UserError(f"--negatives {args.negatives} needs other prompts, but {args.pairs} has only one prompt.")
     if needs_c_minus and store.rows[0]["c_minus"] is None:
@@ -100,10 +100,9 @@ def save_checkpoint(run, update):
     """Writes checkpoint-UPDATE.pt and removes all of this run's but the newest two."""
     optimizer = {name: {key: x.cpu() for key, x in run.optimizer.state[p].items()}
                  for name, p in run.model.net.named_parameters() if p in run.optimizer.state}
-    path = os.path.join(run.args.out, f"checkpoint-{update:06d}.pt")
     state = dict(identity=run.identity, update=update, net=trained_state(run.model.net), optimizer=optimizer,
                  scaler=run.scaler.state_dict())
-    files.write_file(path, lambda partial: torch.save(state, partial))
+    files.write_file(f"{run.args.out}/checkpoint-{update:06d}.pt", lambda partial: torch.save(state, partial))
     ours = [old for old in checkpoints(run.args.out) if read_checkpoint(old).get("identity") == run.identity]
     for old in ours[2:]:
         os.remove(old)

@@ -196,9 +196,10 @@ def test_adapters_that_do_not_fit_are_refused(sd, pairs, family_folders, tmp_pat
             models.load(adapter)
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sd", "sd2", "sdxl", "sd3"])
 def test_a_policy_of_another_kind_is_refused(family, sd, pairs, tmp_path):
-    tiny_models.make(str(tmp_path / family), family)
+    other = tiny_models.FAMILIES[family](**dict(net=dict(cross_attention_dim=48)) if family == "sd" else {})  # SD-2.x for SD-1.x
+    other.save_pretrained(tmp_path / family)
     error = error_of(lambda: run(sd, pairs, tmp_path / "run", "--updates", 1, "--winner", tmp_path / family, "--loser", tmp_path / family))
     assert f"--winner {tmp_path / family} is a model of another kind" in error
 

@@ -236,7 +236,7 @@ def test_variants_without_made_losers_need_winners_only(sd, prompts, pairs, tmp_
         expected = run(sd, pairs, tmp_path / name, "--updates", 2, "--negatives", name)
         weights = run(sd, str(tmp_path / "winners"), tmp_path / f"{name}-2", "--updates", 2, "--negatives", name)
         assert same(weights, expected, atol=2e-5, outliers=1000)  # latents were made in batches of another size
-    with pytest.raises(SystemExit, match="holds winners only: take --negatives rand-positive or not-paired"):
+    with pytest.raises(SystemExit, match="holds winners only: take Eq. 7 with --negatives rand-positive or not-paired"):
         run(sd, str(tmp_path / "winners"), tmp_path / "generated", "--updates", 2)
 
 
@@ -897,6 +897,17 @@ def test_previews_show_the_reference_beside_the_student(rank, objective, sd, pai
     assert all((a == b).all() and (a == c).all() for a, b, c in zip(*pixels[:3]))  # the reference stays
     assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(pixels[3], pixels[4]))  # theta is the result
     assert any((a != b).any() for a, b in zip(pixels[3], pixels[0]))
+
+
+def test_a_preview_that_fails_loses_no_update(sd, pairs, tmp_path, monkeypatch):
+    def decode(*_):
+        raise torch.OutOfMemoryError("the GPU is full")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="out of memory"):
+        patch.setattr(models, "decode", decode)
+        run(sd, pairs, tmp_path, "--updates", 4, "--preview", 2)
+    assert os.path.exists(tmp_path / "checkpoint-000002.pt")
+    run(sd, pairs, tmp_path, "--updates", 4)
 
 
 class EveryStep(tqdm.tqdm):
