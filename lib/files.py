@@ -60,7 +60,7 @@ def write_file(path, content):
 
 def read_text(path):
     """The text of a file. Raises UserError if it cannot be read."""
-    with reading(path, "it must be a text file in UTF-8."), open(path, encoding="utf-8") as file:
+    with reading(path, "it must be a text file in UTF-8."), open(path, encoding="utf-8-sig") as file:
         return file.read()
 
 

@@ -33,8 +33,8 @@ def program(main):
         except UserError as error:
             message = str(error)
         except torch.OutOfMemoryError as error:
-            message = ("out of memory: give a smaller --batch-size, or to train.py a smaller --micro-batch, "
-                       f"--checkpointing or --lora-rank. {error}")
+            message = ("out of memory: give a smaller --batch-size (perturb.py: and another OUT), or to train.py a "
+                       f"smaller --micro-batch, --checkpointing or --lora-rank. {error}")
         except (KeyboardInterrupt, BrokenPipeError) as error:
             if isinstance(error, BrokenPipeError):  # or Python's own last flush fails too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

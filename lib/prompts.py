@@ -15,7 +15,7 @@ from lib.processes import is_first
 # Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese are written without spaces.
 UNSPACED = "[\u0e00-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 WORDS = re.compile(rf"(?=\w){UNSPACED}|(?:(?!{UNSPACED})\w)+")  # without signs; such a letter is a word
-LETTERS = re.compile(rf"(?:{WORDS.pattern})\W*|\W+")  # the same, with the signs that follow
+LETTERS = re.compile(rf"\W*(?:{WORDS.pattern})\W*|\W+")  # the same, with the signs around it
 WEIGHT = re.compile(r":\s*[\d.]+\s*[)\]]")  # of A1111's (red car:1.3)
 PIECES = re.compile(rf"(?:[(\[]+[^()\[\]]*{WEIGHT.pattern}+|\S)+")  # words, but such a bracket is one
 UNTIDY = re.compile(r",(?! [^\s,])")  # a comma without one space and a word after it
@@ -33,7 +33,7 @@ def split_tokens(c):
     if "," in c and (UNTIDY.search(c) or c[0] == ","):
         tags = GLUED.sub(", ", EMPTY.sub(",", c).lstrip(", "))
         if tags != c:
-            return PIECES.findall(tags), lambda some: " ".join(some).rstrip(",")
+            return PIECES.findall(tags.removesuffix(" ,")), lambda some: " ".join(some).rstrip(",")
     return PIECES.findall(c) if ":" in c and WEIGHT.search(c) else words, " ".join
 
 
@@ -96,7 +96,7 @@ def read_prompts(source):
             table = csv.DictReader(lines, restkey="prompt", strict=True)
             if table.fieldnames and table.fieldnames.count("prompt") != 1:
                 raise ValueError(f"its columns are {', '.join(table.fieldnames)}")
-            rows = list(enumerate(table, 2))  # line 1 is the head
+            rows = [(table.line_num, row) for row in table]  # a row may have several lines: its last
     elif kind in (".txt", ""):
         rows = ((number, dict(prompt=line)) for number, line in text_lines(source))
     else:
@@ -147,7 +147,7 @@ def check_rows(path, rows, fields):
             texts, name = [row[field].strip() for field in fields], row.get("id")
             if not isinstance(name, str | int | float | None):
                 raise TypeError("an id is a text or a number")
-            name = f"{number:06d}" if name is None else str(name)
+            name = f"{number:06d}" if name in (None, "") else str(name)
             said = f"{name} {' '.join(texts)}"
         except (KeyError, TypeError, AttributeError):
             texts, said = None, str(row)

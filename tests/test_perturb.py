@@ -104,6 +104,8 @@ def test_a_token_is_a_word_a_tag_a_weighted_bracket_or_a_letter(c, tokens):
 
 def test_what_is_left_of_tags_is_tidy_and_what_is_left_of_chinese_has_no_spaces():
     assert {remove_words("1girl,solo,smile", s) for s in range(40)} == {"1girl", "solo", "smile"}  # two of three go, or none but one stays
+    assert {remove_words("fox,tree ,", s) for s in range(40)} == {"fox", "tree"}
+    assert {remove_words("，「猫咪」", s) for s in range(40)} == {"，「猫", "咪」"}
     assert all(not set(remove_words("一只红猫，坐着", s)) & set(" ，") or "猫，" in remove_words("一只红猫，坐着", s) for s in range(20))
 
 
@@ -252,6 +254,15 @@ def test_every_kind_of_source_gives_the_same_prompts_and_counts_what_it_leaves_o
         assert f"left out 2 prompts of fewer than two words, in lines {'5, 6' if source == 'p.csv' else '4, 5'}\n" in said
         assert f"left out 1 duplicate prompt, in lines {'7' if source == 'p.csv' else '6'}\n" in said
     assert asked == [("poloclub/diffusiondb", "metadata.parquet", dict(repo_type="dataset"))]
+
+
+def test_an_empty_id_is_none_and_a_csv_says_its_lines(tmp_path, capsys):
+    (tmp_path / "p.csv").write_text('prompt,id\na red fox,x\n\n"two old\nboats",\na cup,\nhorse,\n')
+    write_table(tmp_path / "p.parquet", ["a fox", "a cup"], id=pyarrow.array([None, ""], pyarrow.string()))
+    perturb.main([str(tmp_path / "p.csv"), str(tmp_path / "out.jsonl")])
+    assert [(row["id"], row["c"]) for row in rows_of(tmp_path / "out.jsonl")] == [("x", "a red fox"), ("000005", "two old\nboats"), ("000006", "a cup")]
+    assert "left out 1 prompt of fewer than two words, in lines 7\n" in capsys.readouterr().out
+    assert [name for _, name, _ in read_prompts(str(tmp_path / "p.parquet"))] == ["000001", "000002"]
 
 
 def write(path, content):
