@@ -202,7 +202,7 @@ def official_spatial(run):
         path = os.path.join(run, f"compbench/{category}/labels/annotation_obj_detection_2d/vqa_result.json")
         if not os.path.exists(path):
             return {}
-        with reading(path, "run the official script again."):
+        with reading(path, "run the official script again, or put its images back."):
             images = {int(x[-10:-4]): x for x in glob.glob(f"compbench/{category}/samples/*.png", root_dir=run)}
             values = {row["question_id"]: float(row["answer"]) for row in read_json(path)}
             if values.keys() != images.keys() or not all(0 <= value <= 1 for value in values.values()):

@@ -4,9 +4,9 @@
     PickScore   1,632 PartiPrompts, an image each           the network's own scale times cos
     CLIPScore   non_spatial and complex of CompBench        cos, CLIP B/32
 
-All are cosines of image and prompt by a CLIPModel with torchvision's pixels. PickScore and CLIPScore are the official
-ones. HPSv2 differs in precision, float32 for float16. The paper's HPSv2 is on the scale of version 2.0: its authors'
-script gives those weights by name, and its 26.95 for SD-1.5 is HPSv2's own number for SD-1.4 with 2.0 (2.1: 25.35).
+All are cosines of image and prompt by a CLIPModel with torchvision's pixels, as the official ones but for precision:
+official HPSv2 and CLIPScore are in float16. The paper's HPSv2 is on the scale of version 2.0: its authors' script gives
+those weights by name, and its 26.95 for SD-1.5 is HPSv2's own number for SD-1.4 with 2.0 (2.1: 25.35).
 """
 
 import html

@@ -13,7 +13,7 @@ def items(data):
 def load(device, data):
     """The judge by rule; it needs no network and no data."""
     def judge(rows, images):
-        if images[0].size != (SIZE, SIZE):
-            raise UserError(f"the shapes benchmark needs images of {SIZE} x {SIZE} pixels, not {images[0].size}.")
+        if sizes := {image.size for image in images} - {(SIZE, SIZE)}:
+            raise UserError(f"the shapes benchmark needs images of {SIZE} x {SIZE} pixels, not {max(sizes)}.")
         return [judge_image(image, row["metadata"]) for row, image in zip(rows, images)]
     return judge

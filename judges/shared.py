@@ -39,7 +39,7 @@ def settings_of(model, args):
     fixed = dict(checksum=models.model_checksum(model), steps=model.steps, guidance=model.guidance, seed=args.seed,
                  sampler=type(model.pipe.scheduler).__name__, precision=str(model.dtype),
                  pixels=model.latent_shape[1] * model.pipe.vae_scale_factor)
-    base = models.training_of(args.model, "model") or args.model  # what the model was tuned from
+    base = models.training_of(models.read_name(args.model)[0], "model") or args.model  # what the model was tuned from
     base = {path: preset for preset, path in models.PRESETS.items()}.get(models.read_name(base)[0], base)
     return fixed, dict(model=args.model, unet=args.unet, base=base, lists={})
 

@@ -119,7 +119,8 @@ def make_table(runs, benchmarks):
         raise UserError(f"no benchmark in {', '.join(runs)} has been scored yet: run evaluate.py score first.")
     for run in runs:
         rows[run] = {metric: value if "mean" in value else interval(value) for metric, value in found[run].items()}
-        rest = settings[run]["lists"].keys() - {bench_of(metric) for metric in rows[run] if ":" not in metric}
+        part = {bench for metric, (bench, *plain) in COLUMNS.items() if plain and metric not in rows[run]}
+        rest = settings[run]["lists"].keys() - ({bench_of(metric) for metric in rows[run] if ":" not in metric} - part)
         remarks += [f"{run}: not scored, or only in part: {', '.join(sorted(rest))}"] if rest else []
         made = [f"{key} {value}" for key, value in settings[run].items() if value is not None and key != "lists"]
         remarks.append(f"{run}: {', '.join(made)}")

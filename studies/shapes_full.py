@@ -40,10 +40,9 @@ METHODS = shapes.METHODS | {
     "Distilled, no pairs": {"--objective": "distill", "--scale": 2, "--lr": 1e-4, "--negatives": "not-paired"}}
 GRID, RATES = {"--beta": (250, 1000, 4000), "--scale": (1.5, 2, 3)}, (1e-5, 3e-5, 1e-4)  # of `settings`
 GRID_SEED, SEEDS, FULL_PAIRS = 100, (0, 1, 2), 1024
-CURVE = (1, 1.5, 2, 3, 4, 5, 7.5, 10)
+CURVE, NEGATIVE_SCALES = (1, 1.5, 2, 3, 4, 5, 7.5, 10), (1.5, 2, 3, 5, 7.5)  # guidance; of the negative prompt
 BEST_GUIDANCE = {"Reference": 5, "D-DPO": 4, "DDSPO": 3, "Distilled": 3, "Distilled, no prompt": 3}  # on GRID_SEED
 SHARES = {"25 %": (.25, .25), "50 %": (.5, .5), "75 %": (.75, .75), "40 to 70 %": (.4, .7)}  # of words removed
-NEGATIVE_SCALES = (1.5, 2, 3, 5, 7.5)
 LENGTHS, BOTH = (20, 40, 80, 160, 320, 640), ("D-DPO", "DDSPO")  # of `length`; BOTH of `variants`, too
 FEW_PAIRS = (16, 64, 256, FULL_PAIRS)
 HOME = "runs/shapes-full"
