@@ -33,7 +33,7 @@ def reading(what, advice):
     except (pickle.UnpicklingError, struct.error):  # torch's own text advises to run what is in the file
         raise UserError(f"{what} cannot be read (it is damaged, or holds more than weights): {advice}") from None
     except DAMAGED as error:
-        lines = map(str.strip, str(error).splitlines())  # the first one that says something
+        lines = map(str.strip, str(error).splitlines())  # "401 Client Error" says nothing, what follows it does
         reason = next((line for line in lines if not re.match("$|.*:$|4.. Client", line)), type(error).__name__)
         raise UserError(f"{what} cannot be read ({reason}): {advice}") from None
 
