@@ -1,6 +1,6 @@
 """The experiment of shapes.py at length: three seeds, the controls, how long to train, and what the gain depends on.
 
-    python -m studies.shapes_full                      all but `settings`: about eight hours of one core
+    python -m studies.shapes_full                      all but `settings`: five and a half hours of one core
     python -m studies.shapes_full --parts controls     one part, or several
 
     settings    the search for each method's settings and best guidance, on a seed that is not reported
@@ -180,7 +180,7 @@ def variants(homes):
         cells = []
         for g in (1, GUIDANCE):
             d_dpo, ddspo = (scores(homes, f"{method}, {variant}", g) for method in BOTH)
-            cells += [f"{d_dpo.mean():.3f}", f"{ddspo.mean():.3f}", with_interval(ddspo - d_dpo, "+")]
+            cells += [with_interval(d_dpo)[:5], with_interval(ddspo)[:5], with_interval(ddspo - d_dpo, "+")]
         rows.append([variant, *cells])
     return markdown_table(["pairs", "D-DPO, guidance 1", "DDSPO", "DDSPO minus D-DPO", f"D-DPO, guidance {GUIDANCE}",
                            "DDSPO", "DDSPO minus D-DPO"], rows) + "\n"
