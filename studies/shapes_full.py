@@ -36,8 +36,8 @@ from shapes import GUIDANCE, make_store, perturbed, score_model, scores, tune, w
 METHODS = shapes.METHODS | {
     "Rand-positive": shapes.METHODS["DDSPO"] | {"--negatives": "rand-positive"},  # Table 3b: DDSPO without made losers
     "Not-paired": shapes.METHODS["DDSPO"] | {"--negatives": "not-paired"},
-    "Distilled, no prompt": {"--objective": "distill", "--scale": 2, "--lr": 1e-4},  # plain guidance: c_minus is empty
-    "Distilled, no pairs": {"--objective": "distill", "--scale": 2, "--lr": 1e-4, "--negatives": "not-paired"}}
+    "Distilled, no prompt": shapes.METHODS["Distilled"] | {"--lr": 1e-4},  # plain guidance: each c_minus is empty
+    "Distilled, no pairs": shapes.METHODS["Distilled"] | {"--lr": 1e-4, "--negatives": "not-paired"}}
 GRID, RATES = {"--beta": (250, 1000, 4000), "--scale": (1.5, 2, 3)}, (1e-5, 3e-5, 1e-4)  # of `settings`
 GRID_SEED, SEEDS, FULL_PAIRS = 100, (0, 1, 2), 1024
 CURVE, NEGATIVE_SCALES = (1, 1.5, 2, 3, 4, 5, 7.5, 10), (1.5, 2, 3, 5, 7.5)  # guidance; of the negative prompt
@@ -180,7 +180,7 @@ def variants(homes):
         cells = []
         for g in (1, GUIDANCE):
             d_dpo, ddspo = (scores(homes, f"{method}, {variant}", g) for method in BOTH)
-            cells += [with_interval(d_dpo)[:5], with_interval(ddspo)[:5], with_interval(ddspo - d_dpo, "+")]
+            cells += [*[f"{x.mean(1).mean():.3f}" for x in (d_dpo, ddspo)], with_interval(ddspo - d_dpo, "+")]
         rows.append([variant, *cells])
     return markdown_table(["pairs", "D-DPO, guidance 1", "DDSPO", "DDSPO minus D-DPO", f"D-DPO, guidance {GUIDANCE}",
                            "DDSPO", "DDSPO minus D-DPO"], rows) + "\n"
